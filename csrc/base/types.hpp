@@ -1,0 +1,31 @@
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+
+namespace spmoe {
+
+/// One routed expert of the target model. Orders by layer, then by expert.
+struct ExpertId {
+  std::uint16_t layer;
+  std::uint16_t expert;
+  auto operator<=>(const ExpertId&) const = default;
+};
+
+/// Index of a slot: device memory that holds exactly one expert.
+using SlotIndex = std::uint32_t;
+
+/// Position in a stream's history: all work submitted before it was recorded.
+/// Values start at 1 and only grow; 0 is always done.
+using Fence = std::uint64_t;
+
+/// A run of bytes at rest: in memory (`data` set) or in an open file (`data` null).
+struct Extent {
+  const std::byte* data = nullptr;
+  int file = -1;             ///< open file descriptor, owned by the store
+  std::uint64_t offset = 0;  ///< from the start of the file
+  std::uint64_t bytes = 0;
+};
+
+}  // namespace spmoe

@@ -1,0 +1,8 @@
+#include "bindings/bind.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Native runtime of spmoe. Use the documented classes in `spmoe`, not this module.";
+  spmoe::bind_errors(m);
+  spmoe::bind_store(m);
+  spmoe::bind_runtime(m);
+}

@@ -1,0 +1,63 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <random>
+#include <thread>
+
+#include "device/host_device.hpp"
+
+namespace spmoe {
+
+/// Makes a link slower than it is, and faulty, on request: each piece is given a stretch of link
+/// time after the one before it, and holds its thread until that has passed. Guarded by the
+/// caller's lock, except `hold`.
+class LinkPacer {
+ public:
+  using Clock = std::chrono::steady_clock;
+  struct Ticket {
+    Clock::time_point until{};  ///< the piece may not end earlier; epoch: at once
+    bool fail = false;
+  };
+
+  LinkPacer(double gbps, const LinkFaults& faults) : gbps_{gbps} { inject(faults); }
+
+  void inject(const LinkFaults& faults) {
+    faults_ = faults;
+    copies_ = 0;
+    random_.seed(faults.delay_seed);
+  }
+
+  /// Next in line for `bytes` of link time.
+  [[nodiscard]] Ticket admit(std::uint64_t bytes) {
+    Ticket ticket;
+    ticket.fail = faults_.fail_at_copy != 0 && ++copies_ == faults_.fail_at_copy;
+    if (gbps_ == 0 && faults_.max_delay_us == 0) return ticket;
+    const auto now = Clock::now();
+    ticket.until = now;
+    if (gbps_ > 0) {
+      const std::chrono::duration<double> length{static_cast<double>(bytes) / (gbps_ * 1e9)};
+      free_ = std::max(free_, now) + std::chrono::duration_cast<Clock::duration>(length);
+      ticket.until = free_;
+    }
+    if (faults_.max_delay_us > 0) {
+      std::uniform_int_distribution<std::uint32_t> delay{0, faults_.max_delay_us};
+      ticket.until += std::chrono::microseconds{delay(random_)};
+    }
+    return ticket;
+  }
+
+  /// Blocks until the ticket's link time has passed.
+  static void hold(const Ticket& ticket) {
+    if (ticket.until != Clock::time_point{}) std::this_thread::sleep_until(ticket.until);
+  }
+
+ private:
+  double gbps_;
+  LinkFaults faults_;
+  std::uint64_t copies_ = 0;
+  Clock::time_point free_{};
+  std::minstd_rand random_;
+};
+
+}  // namespace spmoe

@@ -1,0 +1,261 @@
+#include "runtime/runtime.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+#include "base/bytes.hpp"
+#include "base/convert.hpp"
+#include "base/error.hpp"
+
+namespace spmoe {
+namespace {
+
+// A launch of this many rows fills the machine; more only delays the release of its slots.
+constexpr std::size_t launch_rows = 32;
+
+// Prefetches on the link at a time: one that moves and one behind it, so that it never idles.
+constexpr std::size_t prefetch_window = 2;
+
+// Call memory beyond so many floats, which only a long prompt needs, is given back.
+constexpr std::size_t kept_floats = std::size_t{1} << 20;
+
+constexpr std::uint64_t slot_alignment = 256;
+
+std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
+
+SlotIndex slots_in(const ExpertStore& store, const RuntimeOptions& options, std::uint64_t stride) {
+  const auto all = std::uint64_t{store.layer_count()} * store.expert_count();
+  const auto wave = std::uint64_t{std::max(options.experts_per_token, 1U)};
+  if (wave > store.expert_count()) {
+    throw InvalidArgument{"experts_per_token is " + std::to_string(wave) +
+                          ", but a layer has only " + std::to_string(store.expert_count()) +
+                          " experts"};
+  }
+  const auto slots = options.expert_memory_bytes / stride;
+  if (slots < wave) {
+    throw InvalidArgument{"expert_memory of " + format_bytes(options.expert_memory_bytes) +
+                          " holds " + std::to_string(slots) + " experts of " +
+                          format_bytes(stride) + "; one token needs " + std::to_string(wave) +
+                          " at once: give at least " + std::to_string(wave * stride) + " bytes (" +
+                          format_bytes(wave * stride) + ")"};
+  }
+  return static_cast<SlotIndex>(std::min(slots, all));
+}
+
+/// Adds the time from its construction to its end to `total_s`.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& total_s) : total_s_{total_s} {}
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  ~Stopwatch() { total_s_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double& total_s_;
+  Clock::time_point start_ = Clock::now();
+};
+
+void resize_for_call(std::vector<float>& floats, std::size_t count) {
+  if (floats.capacity() > std::max(count, kept_floats)) std::vector<float>{}.swap(floats);
+  floats.resize(count);
+}
+
+}  // namespace
+
+Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
+    : store_{std::move(store)},
+      device_{make_host_device(options.device)},
+      slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
+      slot_count_{slots_in(*store_, options, slot_stride_)},
+      ffn_{make_host_expert_ffn(store_->format(), options.activation, options.compute_threads,
+                                options.isa)},
+      rows_{store_->expert_count()},
+      scheduler_{{store_->layer_count(), store_->expert_count(), slot_count_,
+                  store_->format().bytes()},
+                 make_lru(slot_count_)},
+      timings_(store_->layer_count()),
+      pool_{std::make_unique<Buffer>(*device_, slot_count_ * slot_stride_)} {
+  tasks_.reserve(store_->expert_count());
+  ready_.reserve(store_->expert_count());
+  const auto landed = [this](const Fill& fill, const std::string& error) {
+    on_landed(fill, error);
+  };
+  demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, landed);
+  prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, landed);
+}
+
+Runtime::~Runtime() { close(); }
+
+void Runtime::close() {
+  const std::lock_guard call{call_mutex_};
+  std::unique_ptr<CopyLane> demand;
+  std::unique_ptr<CopyLane> prefetch;
+  {
+    // Without lanes nothing more starts; what is under way still lands in the pool.
+    const std::lock_guard lock{mutex_};
+    demand.swap(demand_lane_);
+    prefetch.swap(prefetch_lane_);
+  }
+  demand.reset();
+  prefetch.reset();
+  pool_.reset();
+}
+
+void Runtime::require_open(std::uint16_t layer) const {
+  if (demand_lane_ == nullptr) {
+    throw Error{"this Runtime is closed; make a new one"};
+  }
+  if (layer >= store_->layer_count()) {
+    throw InvalidArgument{"layer " + std::to_string(layer) + " asked, but the store has MoE layers 0 to " +
+                          std::to_string(store_->layer_count() - 1)};
+  }
+}
+
+std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slot * slot_stride_; }
+
+void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
+  const std::lock_guard call{call_mutex_};
+  std::unique_lock lock{mutex_};
+  require_open(layer);
+  const std::size_t hidden = store_->format().hidden;
+  const std::size_t pairs = std::size_t{args.tokens} * args.k;
+  rows_.assign({args.top_k_index, pairs}, args.k);
+  resize_for_call(x_, args.tokens * hidden);
+  resize_for_call(expert_out_, pairs * hidden);
+  widen(args.x, args.x_dtype, x_.size(), x_.data());
+
+  failure_.clear();
+  try {
+    run_needed(lock, layer);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    scheduler_.abandon_need();
+    throw;
+  }
+  lock.unlock();
+  combine(args);
+}
+
+void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer) {
+  scheduler_.need(layer, rows_.experts());
+  start_fills();
+  for (std::size_t computed = 0; computed < rows_.experts().size();) {
+    ready_.clear();
+    scheduler_.take_ready(ready_);
+    if (!ready_.empty()) {
+      computed += ready_.size();
+      compute_ready(lock, timings_[layer]);
+    } else if (!failure_.empty()) {
+      throw DeviceError{failure_};
+    } else {
+      const Stopwatch stall{timings_[layer].stall_s};
+      landed_.wait(lock);
+    }
+  }
+}
+
+void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, LayerStats& timing) {
+  for (std::size_t first = 0, last = 0; first < ready_.size(); first = last) {
+    tasks_.clear();
+    std::size_t rows = 0;
+    for (; last < ready_.size() && (last == first || rows < launch_rows); ++last) {
+      tasks_.push_back(rows_.task(ready_[last].expert, slot_data(ready_[last].slot)));
+      rows += tasks_.back().out_rows.size();
+    }
+    lock.unlock();
+    double compute_s = 0;
+    {
+      const Stopwatch compute{compute_s};
+      ffn_->run(tasks_, x_.data(), expert_out_.data());
+    }
+    lock.lock();
+    timing.compute_s += compute_s;
+    for (std::size_t i = first; i < last; ++i) scheduler_.computed(ready_[i].expert);
+    start_fills();
+  }
+}
+
+void Runtime::combine(const ForwardArgs& args) {
+  const std::size_t hidden = store_->format().hidden;
+  weights_.resize(std::size_t{args.tokens} * args.k);
+  widen(args.top_k_weights, args.weights_dtype, weights_.size(), weights_.data());
+  for (std::size_t token = 0; token < args.tokens; ++token) {
+    float* sum = x_.data() + token * hidden;  // the input has been read
+    std::fill_n(sum, hidden, 0.0F);
+    for (std::size_t k = 0; k < args.k; ++k) {
+      const float weight = weights_[token * args.k + k];
+      const float* row = expert_out_.data() + (token * args.k + k) * hidden;
+      for (std::size_t h = 0; h < hidden; ++h) sum[h] += weight * row[h];
+    }
+  }
+  narrow(x_.data(), x_.size(), args.x_dtype, args.out);
+}
+
+void Runtime::start_fills() {
+  while (demand_lane_ != nullptr) {
+    const bool room = prefetch_lane_->in_flight() < prefetch_window;
+    const auto fill = scheduler_.next_fill(room ? FillKind::prefetch : FillKind::demand);
+    if (!fill) return;
+    ops_.clear();
+    std::byte* place = slot_data(fill->slot);
+    for (const Extent& extent : store_->extents(fill->expert)) {
+      ops_.push_back({place, extent});
+      place += extent.bytes;
+    }
+    auto& lane = fill->kind == FillKind::demand ? demand_lane_ : prefetch_lane_;
+    lane->submit(*fill, ops_);
+  }
+}
+
+void Runtime::on_landed(const Fill& fill, const std::string& error) {
+  const std::lock_guard lock{mutex_};
+  if (error.empty()) {
+    scheduler_.filled(fill.slot);
+  } else if (scheduler_.failed(fill.slot)) {
+    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + error +
+               "; the request fails, the next one reads it again";
+  }
+  start_fills();
+  landed_.notify_one();
+}
+
+void Runtime::predict(std::uint16_t layer, std::span<const float> scores) {
+  const std::lock_guard lock{mutex_};
+  require_open(layer);
+  if (scores.size() != store_->expert_count()) {
+    throw InvalidArgument{std::to_string(scores.size()) + " scores given, but a layer has " +
+                          std::to_string(store_->expert_count()) + " experts"};
+  }
+  scheduler_.predict(layer, scores);
+}
+
+void Runtime::end_iteration(std::uint32_t accepted) {
+  const std::lock_guard lock{mutex_};
+  require_open(0);
+  ++iterations_;
+  accepted_ += accepted;
+  scheduler_.end_iteration();
+}
+
+void Runtime::inject(const LinkFaults& faults) { device_->inject(faults); }
+
+RuntimeStats Runtime::stats() const {
+  const std::lock_guard lock{mutex_};
+  RuntimeStats stats;
+  stats.layers.assign(scheduler_.stats().begin(), scheduler_.stats().end());
+  for (std::size_t layer = 0; layer < stats.layers.size(); ++layer) {
+    stats.layers[layer] += timings_[layer];
+  }
+  stats.link = device_->link_stats();
+  stats.slot_count = slot_count_;
+  stats.resident_count = scheduler_.resident_count();
+  stats.iterations = iterations_;
+  stats.accepted = accepted_;
+  stats.isa = ffn_->name();
+  return stats;
+}
+
+}  // namespace spmoe

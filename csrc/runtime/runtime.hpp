@@ -1,0 +1,124 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/stats.hpp"
+#include "compute/expert_ffn.hpp"
+#include "device/buffer.hpp"
+#include "device/host_device.hpp"
+#include "runtime/copy_lane.hpp"
+#include "runtime/routed_rows.hpp"
+#include "schedule/scheduler.hpp"
+#include "store/expert_store.hpp"
+
+namespace spmoe {
+
+struct RuntimeOptions {
+  std::uint64_t expert_memory_bytes = 0;  ///< for slots; rounded down to whole ones
+  std::uint32_t experts_per_token = 0;    ///< the model's top-k: one wave needs so many slots
+  ActivationParams activation;
+  unsigned compute_threads = 0;  ///< 0: one a core
+  std::string isa = "auto";      ///< of the kernels; see make_host_expert_ffn
+  HostDeviceOptions device;
+};
+
+/// The arguments of one MoE layer, contiguous, owned by the caller.
+struct ForwardArgs {
+  std::uint32_t tokens = 0;
+  std::uint32_t k = 0;
+  const void* x = nullptr;  ///< [tokens, hidden] of `x_dtype`
+  DType x_dtype = DType::f32;
+  const std::int64_t* top_k_index = nullptr;  ///< [tokens, k]
+  const void* top_k_weights = nullptr;        ///< [tokens, k] of `weights_dtype`
+  DType weights_dtype = DType::f32;
+  void* out = nullptr;  ///< [tokens, hidden] of `x_dtype`
+};
+
+struct RuntimeStats {
+  std::vector<LayerStats> layers;
+  LinkStats link;
+  SlotIndex slot_count = 0;
+  SlotIndex resident_count = 0;
+  std::uint64_t iterations = 0;
+  std::uint64_t accepted = 0;  ///< draft tokens, over all iterations
+  std::string_view isa;        ///< kernels in use
+};
+
+/// Runs the routed experts of a model whose blobs rest in a store, in a fixed pool of slots.
+/// Owns the device, the slots, the scheduler and the copy workers. Thread-safe: calls of `forward`
+/// take turns, everything else only takes a short lock. Open until `close`; every call but `stats`
+/// then throws Error.
+class Runtime {
+ public:
+  /// Allocates all slots.
+  /// @throws InvalidArgument if the budget is under one wave, naming the bytes needed;
+  ///         OutOfMemory if the device has not got it.
+  Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options);
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+  ~Runtime();
+
+  /// out[t] = sum over k of top_k_weights[t, k] * expert(top_k_index[t, k])(x[t]), in fp32, in the
+  /// order of k, so that the bits do not depend on residency. Blocks; fetches what is missing.
+  /// @throws InvalidArgument if an index is out of range; DeviceError if an expert's bytes could
+  ///         not be read, naming expert and file. The runtime stays usable after either.
+  void forward(std::uint16_t layer, const ForwardArgs& args);
+
+  /// Scores of the target's router for `layer` [expert_count], from anywhere.
+  void predict(std::uint16_t layer, std::span<const float> scores);
+
+  /// An iteration ended with `accepted` draft tokens.
+  void end_iteration(std::uint32_t accepted);
+
+  /// Plants faults in the link, for tests.
+  void inject(const LinkFaults& faults);
+
+  [[nodiscard]] RuntimeStats stats() const;
+
+  /// Ends the copies under way and gives the slots back. May be called twice.
+  void close();
+
+ private:
+  void require_open(std::uint16_t layer) const;
+  void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer);
+  void compute_ready(std::unique_lock<std::mutex>& lock, LayerStats& timing);
+  void combine(const ForwardArgs& args);
+  void start_fills();
+  void on_landed(const Fill& fill, const std::string& error);
+  [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
+
+  const std::shared_ptr<const ExpertStore> store_;
+  const std::unique_ptr<HostDevice> device_;
+  const std::uint64_t slot_stride_;
+  const SlotIndex slot_count_;
+
+  std::mutex call_mutex_;  // one forward at a time; guards the next five
+  std::unique_ptr<ExpertFfn> ffn_;
+  RoutedRows rows_;
+  std::vector<float> x_, expert_out_, weights_;
+  std::vector<ExpertTask> tasks_;
+  std::vector<ReadyExpert> ready_;
+
+  mutable std::mutex mutex_;  // guards all below; never held while bytes move
+  std::condition_variable landed_;
+  Scheduler scheduler_;
+  std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
+  std::string failure_;              // why the running forward cannot go on
+  std::uint64_t iterations_ = 0;
+  std::uint64_t accepted_ = 0;
+  std::vector<CopyOp> ops_;
+  std::unique_ptr<Buffer> pool_;
+  std::unique_ptr<CopyLane> demand_lane_;
+  std::unique_ptr<CopyLane> prefetch_lane_;
+};
+
+}  // namespace spmoe

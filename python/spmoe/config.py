@@ -1,0 +1,69 @@
+"""Settings that users write, checked where they enter."""
+
+from __future__ import annotations
+
+import re
+
+from spmoe.errors import InvalidArgument
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "k": 1 << 10,
+    "m": 1 << 20,
+    "g": 1 << 30,
+}
+
+
+def parse_memory(text: int | str, total_bytes: int) -> int:
+    """Return the bytes that a memory setting means.
+
+    Args:
+        text: "25%" of ``total_bytes``, "6GiB", "500MB", or a number of bytes.
+        total_bytes: All experts of the model.
+
+    Raises:
+        InvalidArgument: It is none of these, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]*)\s*", str(text))
+    unit = match[2].lower() if match else None
+    if match and unit == "%":
+        value = float(match[1]) / 100 * total_bytes
+    elif match and unit in _UNITS:
+        value = float(match[1]) * _UNITS[unit]
+    else:
+        value = 0.0
+    if value < 1:
+        raise InvalidArgument(
+            f'expert_memory "{text}" is not an amount of memory; '
+            'give a share of the experts such as "25%", a size such as "6GiB", or bytes'
+        )
+    return int(value)
+
+
+def format_bytes(count: float) -> str:
+    """Return a size for people, in binary units: "5.1 MiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def check_draft_length(draft_length: int) -> int:
+    """Return ``draft_length``, tokens drafted an iteration.
+
+    Raises:
+        InvalidArgument: It is not in [0, 31]: a verification of more than 32 positions is refused.
+    """
+    if not 0 <= draft_length <= 31:
+        raise InvalidArgument(
+            f"draft_length must be from 0 (no speculation) to 31, got {draft_length}"
+        )
+    return draft_length

@@ -1,0 +1,118 @@
+"""What one request cost, in the words and units of the reports."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_COUNTERS = (
+    "hits",
+    "late",
+    "misses",
+    "demand_bytes",
+    "prefetch_used_bytes",
+    "prefetch_wasted_bytes",
+    "stall_s",
+    "link_busy_s",
+    "link_bytes",
+    "compute_s",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Course of one request, seconds since it was made."""
+
+    first_token_s: float
+    last_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One request's figures. Bytes and seconds; ratios are None where nothing was counted.
+
+    `ttft_s` is the time to the first token, `tpot_s` the time for each token after it.
+    `acceptance` is accepted of drafted tokens. `hit_rate` is hits of all experts needed.
+    Prefetch bytes used can exceed those moved in a request, if an earlier one moved them.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+    ttft_s: float
+    tpot_s: float | None
+    tokens_per_s: float
+    iterations: int
+    drafted: int
+    accepted: int
+    acceptance: float | None
+    tokens_per_iteration: float
+    hits: int
+    late: int
+    misses: int
+    hit_rate: float | None
+    demand_bytes: int
+    prefetch_used_bytes: int
+    prefetch_wasted_bytes: int
+    bytes_per_token: float
+    stall_s: float
+    compute_s: float
+    link_busy_s: float
+    link_gbps: float | None
+    expert_memory_bytes: int
+    expert_total_bytes: int
+    peak_rss_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures by name."""
+        return asdict(self)
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def summarise(
+    *,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    timing: Timing,
+    prompt_tokens: int,
+    new_tokens: int,
+    finish_reason: str,
+    drafted: int,
+    accepted: int,
+    iterations: int,
+    expert_memory_bytes: int,
+    expert_total_bytes: int,
+) -> Metrics:
+    """Return one request's figures from the runtime's counters before and after it."""
+    delta = {name: after[name] - before[name] for name in _COUNTERS}
+    needed = delta["hits"] + delta["late"] + delta["misses"]
+    link_bytes = delta.pop("link_bytes")
+    decode_s = timing.last_token_s - timing.first_token_s
+    return Metrics(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        finish_reason=finish_reason,
+        ttft_s=timing.first_token_s,
+        tpot_s=decode_s / (new_tokens - 1) if new_tokens > 1 else None,
+        tokens_per_s=new_tokens / timing.last_token_s,
+        iterations=iterations,
+        drafted=drafted,
+        accepted=accepted,
+        acceptance=accepted / drafted if drafted else None,
+        tokens_per_iteration=new_tokens / iterations,
+        hit_rate=delta["hits"] / needed if needed else None,
+        bytes_per_token=link_bytes / new_tokens,
+        link_gbps=link_bytes / delta["link_busy_s"] / 1e9 if delta["link_busy_s"] else None,
+        expert_memory_bytes=expert_memory_bytes,
+        expert_total_bytes=expert_total_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        **delta,
+    )

@@ -1,0 +1,206 @@
+"""`Runtime`: the native runtime over torch tensors, for any PyTorch code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from spmoe import _core
+from spmoe.config import parse_memory
+from spmoe.errors import InvalidArgument
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def open_store(
+    files: Sequence[str | PathLike[str]],
+    *,
+    layers: Sequence[int] = (),
+    interleaved: bool = False,
+) -> _core.ExpertStore:
+    """Find the routed experts in the safetensors shards of a checkpoint; reads headers only.
+
+    Args:
+        files: Every shard.
+        layers: Layer numbers, as in the tensors' names, in the order of MoE layers; empty: all.
+        interleaved: Gate and up alternate in the fused tensor (gpt_oss).
+
+    Raises:
+        CheckpointError: A shard is damaged or lacks a tensor, or experts differ in shape or dtype.
+        InvalidArgument: No tensor is an expert's.
+    """
+    return _core.ExpertStore([fspath(file) for file in files], list(layers), interleaved)
+
+
+class Runtime:
+    """Routed experts in a fixed amount of memory, fetched from their store when needed.
+
+    Values never depend on what is resident: the same inputs give the same bits at every budget.
+    Thread-safe; calls of `forward` take turns. A context manager.
+
+    Args:
+        store: The model's experts; see `open_store`.
+        expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
+        experts_per_token: The model's top-k.
+        activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
+        alpha: Sigmoid factor of "clamped_swiglu".
+        limit: Clamp of "clamped_swiglu".
+        device: "host", or "auto", which is the same until the CUDA backend is built.
+        compute_threads: Threads of the expert kernels; 0 means one a core.
+        copy_threads: Threads that read from the store.
+        link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
+
+    Raises:
+        InvalidArgument: A setting is wrong, or the budget is under one wave (the experts that one
+            token needs in a layer); the message names the bytes needed.
+        OutOfMemory: The memory is not to be had.
+    """
+
+    def __init__(
+        self,
+        store: _core.ExpertStore,
+        *,
+        expert_memory: int | str,
+        experts_per_token: int,
+        activation: str = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        device: str = "host",
+        compute_threads: int = 0,
+        copy_threads: int = 2,
+        link_gbps: float = 0.0,
+    ) -> None:
+        if device not in ("auto", "host", "cpu"):
+            raise InvalidArgument(
+                f'device "{device}" asked, but this build has only "host"; use device="auto"'
+            )
+        self.store = store
+        self.expert_memory_bytes = parse_memory(expert_memory, store.total_bytes)
+        self._native = _core.Runtime(
+            store,
+            self.expert_memory_bytes,
+            experts_per_token,
+            activation=activation,
+            alpha=alpha,
+            limit=limit,
+            compute_threads=compute_threads,
+            copy_threads=copy_threads,
+            link_gbps=link_gbps,
+        )
+
+    def forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run one MoE layer; blocks until done, fetching what is not resident.
+
+        Args:
+            layer: MoE layer, 0-based.
+            x: [tokens, hidden], float32, bfloat16 or float16, on the CPU.
+            top_k_index: [tokens, k], the router's choices.
+            top_k_weights: [tokens, k], what each choice weighs.
+
+        Returns:
+            [tokens, hidden] of the dtype of ``x``, summed in fp32 in the router's order.
+
+        Raises:
+            InvalidArgument: A shape, dtype, device or index is wrong.
+            DeviceError: An expert could not be read; the runtime stays usable.
+        """
+        if x.ndim != 2 or x.shape[1] != self.store.hidden:
+            raise InvalidArgument(
+                f"x must be [tokens, {self.store.hidden}], got {list(x.shape)}"
+            )
+        if top_k_index.ndim != 2 or top_k_index.shape[0] != x.shape[0]:
+            raise InvalidArgument(
+                f"top_k_index must be [{x.shape[0]}, k], got {list(top_k_index.shape)}"
+            )
+        if top_k_weights.shape != top_k_index.shape:
+            raise InvalidArgument(
+                f"top_k_weights must have the shape of top_k_index, {list(top_k_index.shape)}, "
+                f"got {list(top_k_weights.shape)}"
+            )
+        for name, tensor in (("x", x), ("top_k_weights", top_k_weights)):
+            if tensor.dtype not in _DTYPE_NAMES or tensor.device.type != "cpu":
+                raise InvalidArgument(
+                    f"{name} must be float32, bfloat16 or float16 on the CPU, "
+                    f"got {tensor.dtype} on {tensor.device}"
+                )
+        x = x.detach().contiguous()
+        top_k_index = top_k_index.to("cpu", torch.int64).contiguous()
+        top_k_weights = top_k_weights.detach().contiguous()
+        out = torch.empty_like(x)
+        self._native.forward(
+            layer,
+            x.shape[0],
+            top_k_index.shape[1],
+            x.data_ptr(),
+            _DTYPE_NAMES[x.dtype],
+            top_k_index.data_ptr(),
+            top_k_weights.data_ptr(),
+            _DTYPE_NAMES[top_k_weights.dtype],
+            out.data_ptr(),
+        )
+        return out
+
+    def predict(self, layer: int, scores: torch.Tensor | np.ndarray[Any, Any]) -> None:
+        """Tell what the router of ``layer`` is expected to choose. Does not wait.
+
+        Args:
+            layer: MoE layer, 0-based.
+            scores: [experts], higher means likelier.
+        """
+        if isinstance(scores, torch.Tensor):
+            scores = scores.detach().to("cpu", torch.float32).numpy()
+        self._native.predict(layer, np.ascontiguousarray(scores, dtype=np.float32))
+
+    def end_iteration(self, accepted: int = 0) -> None:
+        """Tell that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding."""
+        self._native.end_iteration(accepted)
+
+    def inject(
+        self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0
+    ) -> None:
+        """Plant faults in the link, for tests.
+
+        Args:
+            fail_at_copy: The n-th piece copied from now on fails, once; 0: none.
+            delay_seed: Seed of the random delays.
+            max_delay_us: Each piece waits a random time up to this, in microseconds.
+        """
+        self._native.inject(fail_at_copy, delay_seed, max_delay_us)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since construction: hits, late, misses, bytes by kind, seconds, by layer too.
+
+        `prefetch_wasted_bytes` counts what was moved on a prediction and has not been used (yet):
+        demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is under way.
+        """
+        return self._native.stats()
+
+    def close(self) -> None:
+        """End the copies under way and give the memory back. May be called twice."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,142 @@
+"""Speculative decoding, greedy: draft a few tokens, verify them in one pass of the target.
+
+An iteration drafts g tokens, verifies g + 1 positions in one target pass, accepts the longest
+prefix that the target itself would have written, and adds the target's next token, so that it
+always advances by at least one. Every token is the argmax of the target's own logits.
+
+Source: Leviathan et al., arXiv:2211.17192, in its greedy form; SP-MoE, arXiv:2510.10302, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class CachedModel(Protocol):
+    """A causal language model that remembers the tokens it has read."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read and remembered."""
+        ...
+
+    def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
+        """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab]."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget every token from position ``length`` on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What one iteration wrote.
+
+    Attributes:
+        tokens: Token ids, at least one; the last was not drafted.
+        logits: [len(tokens), vocab], the target's, whose argmax each token is.
+        drafted: Tokens that the draft proposed.
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor
+    drafted: int
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that the target accepted."""
+        return len(self.tokens) - 1
+
+
+def prefill(model: CachedModel, prompt: Sequence[int]) -> torch.Tensor:
+    """Read the prompt in one pass; return the logits of the token after it, [1, vocab]."""
+    return model.read(prompt)
+
+
+def draft(model: CachedModel, text: Sequence[int], count: int) -> list[int]:
+    """Let the draft model propose ``count`` tokens after ``text``.
+
+    Reads only what of ``text`` it has not read yet. It does not read the last token it proposes.
+    """
+    unread: Sequence[int] = text[model.length :]
+    proposed: list[int] = []
+    for _ in range(count):
+        proposed.append(int(model.read(unread)[-1].argmax()))
+        unread = proposed[-1:]
+    return proposed
+
+
+def verify(model: CachedModel, last: int, proposed: Sequence[int]) -> torch.Tensor:
+    """Read the last token and all proposals in one pass of the target.
+
+    Returns:
+        [len(proposed) + 1, vocab]: row i is what follows the i-th of them.
+    """
+    return model.read([last, *proposed], last=len(proposed) + 1)
+
+
+def accept(proposed: Sequence[int], logits: torch.Tensor) -> list[int]:
+    """Return the proposals that the target agrees with, and the target's token after them.
+
+    Args:
+        proposed: g token ids.
+        logits: [g + 1, vocab], from `verify`.
+    """
+    choices: list[int] = logits.argmax(dim=-1).tolist()
+    agreed = 0
+    while agreed < len(proposed) and proposed[agreed] == choices[agreed]:
+        agreed += 1
+    return choices[: agreed + 1]
+
+
+def decode(
+    target: CachedModel,
+    drafter: CachedModel | None,
+    prompt: Sequence[int],
+    *,
+    draft_length: int,
+    max_length: int,
+) -> Iterator[Iteration]:
+    """Write greedily after ``prompt`` until ``max_length``, an iteration at a time.
+
+    The first iteration is the prefill and writes one token. The caller stops early by not asking
+    for more. Both models' caches hold the same text, less what is still to be read, between
+    iterations: what was rejected is rewound.
+
+    Args:
+        target: Fresh, nothing read.
+        drafter: Fresh; None decodes plainly.
+        prompt: At least one token id.
+        draft_length: Tokens drafted an iteration; fewer where the end is near.
+        max_length: Tokens of prompt and text together.
+    """
+    text = list(prompt)
+    logits = prefill(target, text)
+    text += accept([], logits)
+    yield Iteration(text[-1:], logits, 0)
+    while len(text) < max_length:
+        proposed: list[int] = []
+        if drafter is not None:
+            # The bonus token takes one of the places that are left.
+            proposed = draft(drafter, text, min(draft_length, max_length - len(text) - 1))
+        logits = verify(target, text[-1], proposed)
+        tokens = accept(proposed, logits)
+        text += tokens
+        target.rewind(len(text) - 1)
+        if drafter is not None:
+            drafter.rewind(len(text) - 1)
+        yield Iteration(tokens, logits[: len(tokens)], len(proposed))
+
+
+def top_two(logits: torch.Tensor) -> list[dict[str, Any]]:
+    """Return the two likeliest tokens of one row of logits, for reports."""
+    values, ids = logits.float().topk(2)
+    return [
+        {"token_id": int(token), "logit": float(value)}
+        for token, value in zip(ids, values, strict=True)
+    ]
