@@ -1,0 +1,1 @@
+"""transformers models: a target without its experts, a draft, their tokenizers."""

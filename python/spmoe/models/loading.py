@@ -1,0 +1,199 @@
+"""Models from checkpoints: the target without its experts, the draft, the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from spmoe.errors import CheckpointError, InvalidArgument
+from spmoe.models.checkpoint import find_checkpoint, find_directory
+from spmoe.models.experts import (
+    IMPLEMENTATION,
+    ExpertFormat,
+    ExpertStore,
+    MoeLayer,
+    describe,
+    find_layers,
+    forbid_saving,
+    without_experts,
+)
+from spmoe.models.pretrained import read_config, read_model, read_tokenizer
+from spmoe.runtime import open_store
+
+_AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
+
+# What configurations call the number of experts of a token.
+_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetModel:
+    """A Mixture-of-Experts model whose routed experts are not in memory.
+
+    Its forward pass needs a runtime: see `spmoe.models.experts.attach`.
+
+    Attributes:
+        model: The transformers model, in eval mode, without gradients.
+        moe_layers: Layers with routed experts, in the order of the forward pass.
+        store: Where their experts rest; layer i of the store is ``moe_layers[i]``.
+        experts_per_token: The routers' top-k.
+        activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
+        alpha: Sigmoid factor of "clamped_swiglu".
+        limit: Clamp of "clamped_swiglu".
+        interleaved: Gate and up alternate in the fused tensor.
+        end_token_ids: Tokens that end a text; perhaps none.
+    """
+
+    model: PreTrainedModel
+    moe_layers: tuple[MoeLayer, ...]
+    store: ExpertStore
+    experts_per_token: int
+    activation: str
+    alpha: float
+    limit: float
+    interleaved: bool
+    end_token_ids: frozenset[int]
+
+
+def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> TargetModel:
+    """Load a Mixture-of-Experts model; its experts stay in the checkpoint.
+
+    Everything that can be wrong with the model or its experts is found before weights are read.
+
+    Args:
+        path: Directory or hub id.
+        dtype: Of everything but the experts; None means float32.
+
+    Raises:
+        InvalidArgument: There is no such model, or it has no experts that spmoe can compute.
+        CheckpointError: The checkpoint is incomplete or damaged, or does not fit its config.
+    """
+    name = fspath(path)
+    checkpoint = find_checkpoint(path)
+    config = read_config(name, checkpoint.directory)
+    with without_experts(config), torch.device("meta"):
+        skeleton = _AutoModel.from_config(config)
+    layers = find_layers(skeleton)
+    if not layers:
+        raise InvalidArgument(
+            f"{name} ({config.model_type}) has no routed experts behind transformers' experts "
+            "interface: if it is dense, pass it as the draft, or use transformers"
+        )
+    expected = describe(layers)
+    store = open_store(
+        checkpoint.shards,
+        layers=[layer.number for layer in layers],
+        interleaved=expected.interleaved,
+    )
+    _check_store(name, store, expected)
+    experts_per_token = _experts_per_token(name, config)
+    with without_experts(config):
+        model, unexpected = read_model(
+            name, checkpoint.directory, config, dtype=dtype, experts_implementation=IMPLEMENTATION
+        )
+    layers = find_layers(model)
+    _check_unexpected(name, unexpected, layers)
+    forbid_saving(model)
+    return TargetModel(
+        model=model,
+        moe_layers=layers,
+        store=store,
+        experts_per_token=experts_per_token,
+        activation=expected.activation.name,
+        alpha=expected.activation.alpha,
+        limit=expected.activation.limit,
+        interleaved=expected.interleaved,
+        end_token_ids=_end_token_ids(model),
+    )
+
+
+def load_draft(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a whole model that proposes tokens. Arguments and errors as for `load_target`."""
+    return load_plain(path, dtype=dtype)
+
+
+def load_plain(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a whole model as transformers does, experts and all, computed one by one ("eager").
+
+    Arguments and errors as for `load_target`.
+    """
+    name = fspath(path)
+    checkpoint = find_checkpoint(path)
+    config = read_config(name, checkpoint.directory)
+    model, _ = read_model(
+        name, checkpoint.directory, config, dtype=dtype, experts_implementation="eager"
+    )
+    return model
+
+
+def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: Directory or hub id of the model.
+
+    Raises:
+        InvalidArgument: There is no such model.
+        CheckpointError: It has no tokenizer that transformers can load.
+    """
+    return read_tokenizer(fspath(path), find_directory(path))
+
+
+def _check_store(name: str, store: ExpertStore, expected: ExpertFormat) -> None:
+    found = (store.expert_count, store.hidden, store.inter)
+    if found != expected.shape:
+        count, hidden, inter = expected.shape
+        raise CheckpointError(
+            f"{name} has {found[0]} experts of {found[1]} x {found[2]} a layer, but its "
+            f"config.json asks for {count} of {hidden} x {inter}: they are not of the same model"
+        )
+
+
+def _check_unexpected(name: str, unexpected: set[str], layers: tuple[MoeLayer, ...]) -> None:
+    """Everything that transformers left unread must be a weight that the store serves."""
+    served = tuple(f"{layer.path}." for layer in layers)
+    weights = {
+        f"{path}{weight}"
+        for path, layer in zip(served, layers, strict=True)
+        for weight, value in vars(layer.experts).items()
+        if isinstance(value, torch.Tensor)
+    }
+    unread = sorted(unexpected - weights)
+    if unread:
+        raise CheckpointError(
+            f"{name} has the tensor {unread[0]} ({len(unread)} such in all), for which its model "
+            "has no place: it may be quantized or of another model; spmoe would leave it out"
+        )
+
+
+def _experts_per_token(name: str, config: PreTrainedConfig) -> int:
+    text_config = config.get_text_config()
+    for attribute in _TOP_K_NAMES:
+        value: Any = getattr(text_config, attribute, None)
+        if isinstance(value, list):
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise InvalidArgument(
+        f"the configuration of {name} does not say how many experts a token uses (looked for "
+        f"{', '.join(_TOP_K_NAMES)}): add num_experts_per_tok to its config.json"
+    )
+
+
+def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation: Any = model.generation_config
+    ends = generation.eos_token_id if generation is not None else None
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,0 +1,31 @@
+"""Checkpoints that several test modules share; all tiny, random, and made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_checkpoint, make_dense_draft
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """For models so small, waking torch's other threads costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen3-MoE."""
+    return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def draft_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-layer Llama of the same tokenizer, which agrees with the target about never."""
+    return make_dense_draft(tmp_path_factory.mktemp("draft"))

@@ -1,0 +1,186 @@
+"""Tiny random checkpoints: one of each model family, a dense draft, and their tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+VOCABULARY = 256 + len(SPECIAL_TOKENS)
+PADDED_VOCABULARY = 264  # models pad their embeddings; tokens past VOCABULARY have no text
+
+_SHAPE = {
+    "vocab_size": PADDED_VOCABULARY,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # large enough that logits are far apart
+    "tie_word_embeddings": False,
+}
+_LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+def _config(model_type: str, **changed: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **(_SHAPE | changed))
+
+
+# Name of a family -> its configuration, tiny. The inner size is never the hidden size.
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: _config(
+        "mixtral", intermediate_size=48, num_local_experts=8, num_experts_per_tok=2
+    ),
+    "qwen2_moe": lambda: _config(
+        "qwen2_moe",
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe": lambda: _config(
+        "qwen3_moe",
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    ),
+    "olmoe": lambda: _config("olmoe", intermediate_size=32, num_experts=12, num_experts_per_tok=4),
+    "deepseek_v2": lambda: _config(
+        "deepseek_v2",
+        **_LATENT_ATTENTION,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+    ),
+    "deepseek_v3": lambda: _config(
+        "deepseek_v3",
+        **_LATENT_ATTENTION,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+    ),
+    "glm4_moe": lambda: _config(
+        "glm4_moe",
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+    ),
+    "phimoe": lambda: _config(
+        "phimoe", intermediate_size=48, num_local_experts=8, num_experts_per_tok=2
+    ),
+    "gpt_oss": lambda: _config(
+        "gpt_oss",
+        head_dim=16,
+        intermediate_size=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=32,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+    "ernie4_5_moe": lambda: _config(
+        "ernie4_5_moe",
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        moe_num_experts=8,
+        moe_num_shared_experts=2,
+        moe_k=3,
+        moe_layer_start_index=1,
+    ),
+}
+
+
+def make_checkpoint(
+    family: str,
+    path: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    with_tokenizer: bool = True,
+) -> Path:
+    """Write a random model of ``family`` into ``path``, in several shards; return ``path``."""
+    return _write(FAMILIES[family](), path, seed=seed, dtype=dtype, with_tokenizer=with_tokenizer)
+
+
+def make_dense_draft(path: Path, *, seed: int = 0) -> Path:
+    """Write a random one-layer Llama with the same tokenizer into ``path``; return ``path``."""
+    config = _config("llama", intermediate_size=96, num_hidden_layers=1)
+    return _write(config, path, seed=seed, dtype=torch.float32, with_tokenizer=True)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes; every text goes through it unchanged."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def _write(
+    config: PreTrainedConfig, path: Path, *, seed: int, dtype: torch.dtype, with_tokenizer: bool
+) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        _fill_biases(model)
+    model.to(dtype).save_pretrained(path, max_shard_size="200KB")
+    if with_tokenizer:
+        make_tokenizer().save_pretrained(path)
+    return path
+
+
+def _fill_biases(model: PreTrainedModel) -> None:
+    """A new model's biases are zero, and a zero hides that nobody added it."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "bias" in name:
+                tensor.normal_(std=0.1)
