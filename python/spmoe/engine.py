@@ -1,0 +1,310 @@
+"""`load` a target and a draft; `Engine` writes text with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from spmoe import speculative
+from spmoe.config import check_draft_length
+from spmoe.errors import Error, InvalidArgument
+from spmoe.metrics import Metrics, Timing, summarise
+from spmoe.models.cached import CachedCausalLM, CausalLM
+from spmoe.models.experts import attach
+from spmoe.models.loading import (
+    TargetModel,
+    load_draft,
+    load_target,
+    load_tokenizer,
+)
+from spmoe.models.text import Prompt, TextWriter, Tokenizer, encode
+from spmoe.pairing import check_pairing
+from spmoe.runtime import Runtime
+
+Progress = Callable[[str, int, int], None]  # description, done, total
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a request wrote.
+
+    Attributes:
+        text: New text, without special tokens, up to a stop string if one ended it.
+        token_ids: New token ids, with the end-of-text token if one ended it.
+        stats: What it cost.
+    """
+
+    text: str
+    token_ids: list[int]
+    stats: Metrics
+
+    @property
+    def finish_reason(self) -> str:
+        """Return "stop" (end-of-text token or stop string) or "length"."""
+        return self.stats.finish_reason
+
+
+class Engine:
+    """A target whose experts are offloaded, its tokenizer, and perhaps a draft; see `load`.
+
+    Thread-safe: requests of several threads interleave, and the figures of each then count what the
+    others did meanwhile. A context manager.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        *,
+        draft: CausalLM | None = None,
+        draft_length: int = 4,
+    ) -> None:
+        self.target = target
+        self.tokenizer = tokenizer
+        self.runtime = runtime
+        self.draft = draft
+        self.draft_length = check_draft_length(draft_length)
+        self._last: Metrics | None = None
+        attach(target, runtime)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Write text after ``prompt`` and return it whole. Options as for `stream`."""
+        request = _Request(self, prompt, **options)
+        for _ in request.run():
+            pass
+        return request.result()
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Write text after ``prompt``, yielding pieces as they are written.
+
+        Args:
+            prompt: Text, chat messages ({"role": ..., "content": ...}), or token ids.
+            **options: ``max_new_tokens`` (128); ``draft_length`` (the engine's; 0 decodes
+                plainly); ``stop``, strings at whose first appearance the text ends, itself left
+                out; ``raw`` (False): a text prompt goes in as it is, not as a chat message.
+
+        Raises:
+            InvalidArgument: The prompt is empty or longer than the model's context, or an option
+                is wrong.
+            DeviceError: An expert could not be read. The engine stays usable.
+        """
+        return _Request(self, prompt, **options).run()
+
+    def iterate(
+        self, prompt: Prompt, *, max_new_tokens: int, draft_length: int
+    ) -> Iterator[speculative.Iteration]:
+        """Decode without stopping at any token: the iterations themselves, for `spmoe verify`."""
+        tokens = self.encode(prompt)
+        return self._decode(tokens, len(tokens) + max_new_tokens, draft_length)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Return the token ids of a prompt: chat-templated text or messages, or ids as given.
+
+        Raises:
+            InvalidArgument: It is empty, holds an unknown token id, or exceeds the context.
+        """
+        tokens = encode(self.tokenizer, prompt, raw=raw)
+        vocabulary = self.target.model.get_input_embeddings().num_embeddings
+        wrong = [token for token in tokens if not 0 <= token < vocabulary]
+        if not tokens or wrong:
+            found = f"has token id {wrong[0]}" if wrong else "is empty"
+            raise InvalidArgument(
+                f"the prompt {found}; give at least one token from 0 to {vocabulary - 1}"
+            )
+        if len(tokens) >= self.context_length:
+            raise InvalidArgument(
+                f"the prompt has {len(tokens)} tokens, but the model's context is "
+                f"{self.context_length} and the answer needs room in it: shorten the prompt"
+            )
+        return tokens
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer that target and draft can read."""
+        models = [self.target.model, *([self.draft] if self.draft is not None else [])]
+        return min(int(model.config.max_position_embeddings) for model in models)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the last request's figures under "request", the runtime's totals under "total"."""
+        return {
+            "request": self._last.as_dict() if self._last else None,
+            "total": self.runtime.stats(),
+        }
+
+    def close(self) -> None:
+        """Give the expert memory back. May be called twice."""
+        self.runtime.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _decode(
+        self, tokens: list[int], max_length: int, draft_length: int
+    ) -> Iterator[speculative.Iteration]:
+        drafter = None
+        if self.draft is not None and draft_length > 0:
+            drafter = CachedCausalLM(self.draft)
+        for iteration in speculative.decode(
+            CachedCausalLM(self.target.model),
+            drafter,
+            tokens,
+            draft_length=draft_length,
+            max_length=min(max_length, self.context_length),
+        ):
+            self.runtime.end_iteration(iteration.accepted)
+            yield iteration
+
+
+class _Request:
+    """One request from prompt to figures."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        draft_length: int | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise InvalidArgument(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.engine = engine
+        self.prompt = engine.encode(prompt, raw=raw)
+        self.max_new_tokens = max_new_tokens
+        self.draft_length = check_draft_length(
+            engine.draft_length if draft_length is None else draft_length
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        self.writer = TextWriter(engine.tokenizer, [text for text in stops if text])
+        self.metrics: Metrics | None = None
+
+    def run(self) -> Iterator[str]:
+        """Yield pieces of text; the figures are there once it is exhausted or closed."""
+        engine = self.engine
+        ends = engine.target.end_token_ids
+        finish_reason = "length"
+        iterations = drafted = accepted = 0
+        start = time.perf_counter()
+        before = engine.runtime.stats()
+        first = last = 0.0
+        try:
+            for iteration in engine._decode(
+                self.prompt, len(self.prompt) + self.max_new_tokens, self.draft_length
+            ):
+                last = time.perf_counter() - start
+                first = first or last
+                iterations += 1
+                drafted += iteration.drafted
+                accepted += iteration.accepted
+                for token in iteration.tokens:
+                    self.writer.add(token)
+                    if token in ends or self.writer.stopped:
+                        finish_reason = "stop"
+                        break
+                if piece := self.writer.take():
+                    yield piece
+                if finish_reason == "stop":
+                    break
+            if piece := self.writer.finish():
+                yield piece
+        finally:
+            if iterations:
+                self.metrics = engine._last = summarise(
+                    before=before,
+                    after=engine.runtime.stats(),
+                    timing=Timing(first, last),
+                    prompt_tokens=len(self.prompt),
+                    new_tokens=len(self.writer.token_ids),
+                    finish_reason=finish_reason,
+                    drafted=drafted,
+                    accepted=accepted,
+                    iterations=iterations,
+                    expert_memory_bytes=engine.runtime.expert_memory_bytes,
+                    expert_total_bytes=engine.runtime.store.total_bytes,
+                )
+
+    def result(self) -> Generation:
+        """Return what was written; only after `run`."""
+        if self.metrics is None:
+            raise Error("the request wrote nothing")
+        return Generation(self.writer.text, self.writer.token_ids, self.metrics)
+
+
+def load(
+    target: str | PathLike[str],
+    draft: str | PathLike[str] | None = None,
+    *,
+    expert_memory: int | str = "25%",
+    device: str = "auto",
+    draft_length: int = 4,
+    dtype: torch.dtype | str | None = None,
+    link_gbps: float = 0.0,
+    progress: Progress | None = None,
+) -> Engine:
+    """Load a Mixture-of-Experts model without its experts, and perhaps a draft for it.
+
+    Args:
+        target: Directory or hub id of the model whose output counts.
+        draft: Directory or hub id of a model of the same tokenizer that proposes tokens; None
+            decodes plainly. Changes speed, never the text.
+        expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
+        device: "auto" or "host".
+        draft_length: Tokens drafted an iteration, from 0 to 31.
+        dtype: Of activations and of everything but the experts, which keep the checkpoint's;
+            None means float32 on the host.
+        link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
+        progress: Called as things are loaded, with a description, and done of total.
+
+    Raises:
+        InvalidArgument: A model without experts, a budget too small, a draft that does not fit.
+        CheckpointError: A shard is missing or damaged.
+        OutOfMemory: The budget is not to be had.
+    """
+    report = progress or (lambda description, done, total: None)
+    check_draft_length(draft_length)
+    steps = 3 if draft is not None else 2
+    report("loading the target without its experts", 0, steps)
+    loaded = load_target(target, dtype=resolve_dtype(dtype))
+    tokenizer = load_tokenizer(target)
+    drafter = None
+    if draft is not None:
+        report("loading the draft", 1, steps)
+        drafter = load_draft(draft, dtype=resolve_dtype(dtype))
+        check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
+    report("allocating expert memory", steps - 1, steps)
+    runtime = Runtime(
+        loaded.store,
+        expert_memory=expert_memory,
+        experts_per_token=loaded.experts_per_token,
+        activation=loaded.activation,
+        alpha=loaded.alpha,
+        limit=loaded.limit,
+        device=device,
+        link_gbps=link_gbps,
+    )
+    report("ready", steps, steps)
+    return Engine(loaded, tokenizer, runtime, draft=drafter, draft_length=draft_length)
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """Return the torch dtype that a setting means; None means float32."""
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidArgument(f'dtype "{dtype}" is not float32, bfloat16 or float16')
+    return resolved
