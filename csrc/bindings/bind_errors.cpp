@@ -8,8 +8,8 @@ namespace spmoe {
 void bind_errors(py::module_& m) {
   // Translators run newest first: register a base before the classes derived from it.
   auto error = py::register_exception<Error>(m, "Error");
-  py::register_exception<InvalidArgument>(
-      m, "InvalidArgument", py::make_tuple(error, py::handle(PyExc_ValueError)));
+  py::register_exception<InvalidArgument>(m, "InvalidArgument",
+                                          py::make_tuple(error, py::handle(PyExc_ValueError)));
   py::register_exception<OutOfMemory>(m, "OutOfMemory",
                                       py::make_tuple(error, py::handle(PyExc_MemoryError)));
   py::register_exception<DeviceError>(m, "DeviceError",

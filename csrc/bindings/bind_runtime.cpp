@@ -26,7 +26,8 @@ Value look_up(const std::array<std::pair<std::string_view, Value>, N>& table, st
     if (known == name) return value;
     choices += (choices.empty() ? "" : ", ") + std::string{known};
   }
-  throw InvalidArgument{std::string{what} + " \"" + std::string{name} + "\" is not one of " + choices};
+  throw InvalidArgument{std::string{what} + " \"" + std::string{name} + "\" is not one of " +
+                        choices};
 }
 
 DType parse_dtype(std::string_view name) {
@@ -64,11 +65,11 @@ py::dict to_dict(const RuntimeStats& stats) {
     layers.append(to_dict(layer));
   }
   py::dict result = to_dict(total);
-  result.attr("update")(py::dict(
-      "link_bytes"_a = stats.link.bytes, "link_busy_s"_a = stats.link.busy_s,
-      "slots"_a = stats.slot_count, "resident"_a = stats.resident_count,
-      "iterations"_a = stats.iterations, "accepted"_a = stats.accepted, "isa"_a = stats.isa,
-      "layers"_a = layers));
+  result.attr("update")(py::dict("link_bytes"_a = stats.link.bytes,
+                                 "link_busy_s"_a = stats.link.busy_s, "slots"_a = stats.slot_count,
+                                 "resident"_a = stats.resident_count,
+                                 "iterations"_a = stats.iterations, "accepted"_a = stats.accepted,
+                                 "isa"_a = stats.isa, "layers"_a = layers));
   return result;
 }
 
@@ -80,7 +81,8 @@ T* pointer(std::uintptr_t address) {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  py::class_<Runtime>(m, "Runtime", "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
+  py::class_<Runtime>(m, "Runtime",
+                      "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
       .def(py::init([](std::shared_ptr<ExpertStore> store, std::uint64_t expert_memory_bytes,
                        std::uint32_t experts_per_token, std::string_view activation, float alpha,
                        float limit, unsigned compute_threads, unsigned copy_threads,
