@@ -92,7 +92,7 @@ def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **f
         raise click.UsageError("give the prompt with either --prompt or --file")
     text = prompt if prompt is not None else file.read()
     quiet = flags["quiet"] or flags["as_json"]
-    target, draft = _models(quiet=quiet, **flags)
+    target, draft = _models(**flags | {"quiet": quiet})
     with (
         _progress(quiet) as progress,
         spmoe.load(
@@ -144,7 +144,7 @@ def verify(prompts: int | None, prompts_file: Path | None, **flags: Any) -> None
     if prompts is not None and prompts > len(texts):
         raise click.UsageError(f"{prompts} prompts asked, but there are {len(texts)}")
     quiet = flags["quiet"] or flags["as_json"]
-    target, draft = _models(quiet=quiet, **flags)
+    target, draft = _models(**flags | {"quiet": quiet})
     with _progress(quiet) as progress:
         outcome = spmoe.verify(
             target,
@@ -212,10 +212,10 @@ def _models(
     *, model: str | None, demo: str | None, draft_model: str | None, quiet: bool, **_: Any
 ) -> tuple[str | Path, str | Path | None]:
     """Return target and draft, making the built-in pair if it is asked for."""
-    if (model is None) == (demo is None):
-        raise click.UsageError("give either MODEL (a directory or hub id) or --demo")
-    if model is not None:
+    if model is not None and demo is None:
         return model, draft_model
+    if demo is None or model is not None:
+        raise click.UsageError("give either MODEL (a directory or hub id) or --demo")
     from spmoe.demo import ensure_pair
 
     with _progress(quiet) as progress:

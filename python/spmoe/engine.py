@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+
 from spmoe import speculative
 from spmoe.config import check_draft_length
 from spmoe.errors import Error, InvalidArgument
@@ -24,9 +25,8 @@ from spmoe.models.loading import (
 )
 from spmoe.models.text import Prompt, TextWriter, Tokenizer, encode
 from spmoe.pairing import check_pairing
+from spmoe.progress import Progress, silent
 from spmoe.runtime import Runtime
-
-Progress = Callable[[str, int, int], None]  # description, done, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Engine:
         self.runtime = runtime
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
-        self._last: Metrics | None = None
+        self.last: Metrics | None = None  # figures of the last request
         attach(target, runtime)
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
@@ -99,9 +99,20 @@ class Engine:
     def iterate(
         self, prompt: Prompt, *, max_new_tokens: int, draft_length: int
     ) -> Iterator[speculative.Iteration]:
-        """Decode without stopping at any token: the iterations themselves, for `spmoe verify`."""
+        """Decode without stopping at any token, and yield the iterations themselves."""
         tokens = self.encode(prompt)
-        return self._decode(tokens, len(tokens) + max_new_tokens, draft_length)
+        drafter = None
+        if self.draft is not None and draft_length > 0:
+            drafter = CachedCausalLM(self.draft)
+        for iteration in speculative.decode(
+            CachedCausalLM(self.target.model),
+            drafter,
+            tokens,
+            draft_length=draft_length,
+            max_length=min(len(tokens) + max_new_tokens, self.context_length),
+        ):
+            self.runtime.end_iteration(iteration.accepted)
+            yield iteration
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: chat-templated text or messages, or ids as given.
@@ -110,7 +121,7 @@ class Engine:
             InvalidArgument: It is empty, holds an unknown token id, or exceeds the context.
         """
         tokens = encode(self.tokenizer, prompt, raw=raw)
-        vocabulary = self.target.model.get_input_embeddings().num_embeddings
+        vocabulary = int(self.target.model.config.get_text_config().vocab_size)
         wrong = [token for token in tokens if not 0 <= token < vocabulary]
         if not tokens or wrong:
             found = f"has token id {wrong[0]}" if wrong else "is empty"
@@ -133,7 +144,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return the last request's figures under "request", the runtime's totals under "total"."""
         return {
-            "request": self._last.as_dict() if self._last else None,
+            "request": self.last.as_dict() if self.last else None,
             "total": self.runtime.stats(),
         }
 
@@ -151,22 +162,6 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _decode(
-        self, tokens: list[int], max_length: int, draft_length: int
-    ) -> Iterator[speculative.Iteration]:
-        drafter = None
-        if self.draft is not None and draft_length > 0:
-            drafter = CachedCausalLM(self.draft)
-        for iteration in speculative.decode(
-            CachedCausalLM(self.target.model),
-            drafter,
-            tokens,
-            draft_length=draft_length,
-            max_length=min(max_length, self.context_length),
-        ):
-            self.runtime.end_iteration(iteration.accepted)
-            yield iteration
 
 
 class _Request:
@@ -204,8 +199,8 @@ class _Request:
         before = engine.runtime.stats()
         first = last = 0.0
         try:
-            for iteration in engine._decode(
-                self.prompt, len(self.prompt) + self.max_new_tokens, self.draft_length
+            for iteration in engine.iterate(
+                self.prompt, max_new_tokens=self.max_new_tokens, draft_length=self.draft_length
             ):
                 last = time.perf_counter() - start
                 first = first or last
@@ -225,7 +220,7 @@ class _Request:
                 yield piece
         finally:
             if iterations:
-                self.metrics = engine._last = summarise(
+                self.metrics = engine.last = summarise(
                     before=before,
                     after=engine.runtime.stats(),
                     timing=Timing(first, last),
@@ -276,7 +271,7 @@ def load(
         CheckpointError: A shard is missing or damaged.
         OutOfMemory: The budget is not to be had.
     """
-    report = progress or (lambda description, done, total: None)
+    report = progress or silent
     check_draft_length(draft_length)
     steps = 3 if draft is not None else 2
     report("loading the target without its experts", 0, steps)

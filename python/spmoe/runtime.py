@@ -120,9 +120,7 @@ class Runtime:
             DeviceError: An expert could not be read; the runtime stays usable.
         """
         if x.ndim != 2 or x.shape[1] != self.store.hidden:
-            raise InvalidArgument(
-                f"x must be [tokens, {self.store.hidden}], got {list(x.shape)}"
-            )
+            raise InvalidArgument(f"x must be [tokens, {self.store.hidden}], got {list(x.shape)}")
         if top_k_index.ndim != 2 or top_k_index.shape[0] != x.shape[0]:
             raise InvalidArgument(
                 f"top_k_index must be [{x.shape[0]}, k], got {list(top_k_index.shape)}"
@@ -170,9 +168,7 @@ class Runtime:
         """Tell that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding."""
         self._native.end_iteration(accepted)
 
-    def inject(
-        self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0
-    ) -> None:
+    def inject(self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0) -> None:
         """Plant faults in the link, for tests.
 
         Args:

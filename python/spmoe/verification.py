@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from spmoe import speculative
-from spmoe.engine import Progress, load, resolve_dtype
+from spmoe.engine import load, resolve_dtype
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.loading import load_plain
 from spmoe.models.text import Prompt
+from spmoe.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def verify(
         dtype: As for `load`.
         progress: Called after each text with a description, and done of total.
     """
-    report = progress or (lambda description, done, total: None)
+    report = progress or silent
     total = len(prompts) * (3 if draft is not None else 2)
     done = itertools.count(1)
 

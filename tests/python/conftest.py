@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from families import make_checkpoint, make_dense_draft
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from families import FAMILIES, VOCABULARY, make_checkpoint
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_plain, load_target
 from spmoe.runtime import Runtime
-from transformers import PreTrainedModel
 
 NEW_TOKENS = 20
 SLOT_ALIGNMENT = 256  # bytes; a slot is a blob rounded up to it

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, make_checkpoint, make_dense_draft, make_tokenizer
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from families import FAMILIES, make_checkpoint, make_dense_draft, make_tokenizer
 from spmoe.errors import CheckpointError, InvalidArgument
 from spmoe.models import experts
 from spmoe.models.activation import recognise
 from spmoe.models.checkpoint import find_checkpoint
 from spmoe.models.loading import load_draft, load_plain, load_target, load_tokenizer
 from spmoe.runtime import Runtime
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.activations import ACT2FN
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
 from families import PADDED_VOCABULARY, VOCABULARY, make_tokenizer
 from spmoe.errors import InvalidArgument
 from spmoe.pairing import check_pairing
-from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
 def check(

@@ -56,7 +56,7 @@ def recognise(experts: Any, *, interleaved: bool) -> Activation:
     gate, up = torch.cartesian_prod(line.double(), line.double()).unbind(-1)
     joined = torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])
     with torch.no_grad():
-        found = experts._apply_gate(joined[None])[0]
+        found = experts._apply_gate(joined[None])[0]  # noqa: SLF001
     alpha = float(getattr(experts, "alpha", 1.702))
     limit = float(getattr(experts, "limit", 7.0))
     for name, formula in _FORMULAS.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-
 
 CausalLM = PreTrainedModel
 
@@ -19,7 +20,10 @@ class CachedCausalLM:
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
-        self._cache = DynamicCache(config=model.config)
+        self._cache: Any = DynamicCache(config=model.config)
+        # transformers renamed the argument in 5.24.
+        named = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
 
     @property
     def length(self) -> int:
@@ -32,9 +36,9 @@ class CachedCausalLM:
         with torch.inference_mode():
             output = self._model(
                 input_ids=torch.tensor([list(tokens)], device=self._model.device),
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=last,
+                **{self._cache_argument: self._cache},
             )
         # A sliding-window layer drops what leaves its window, unless told to keep it for `rewind`.
         if first and hasattr(self._cache, "activate_past_recording"):

@@ -102,7 +102,7 @@ def without_experts(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def _emptied(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
             original(self, *args, **kwargs)
         for name in list(self._parameters):
@@ -111,7 +111,7 @@ def _emptied(original: Callable[..., None]) -> Callable[..., None]:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 object.__setattr__(self, name, empty)
 
-    return __init__
+    return build
 
 
 def find_layers(model: nn.Module) -> tuple[MoeLayer, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,8 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False) -> list[i
     """
     if isinstance(prompt, str):
         if raw or tokenizer.chat_template is None:
-            return list(tokenizer(prompt)["input_ids"])
+            ids: list[int] = tokenizer(prompt)["input_ids"]
+            return ids
         prompt = [{"role": "user", "content": prompt}]
     tokens = [item for item in prompt if isinstance(item, int)]
     if len(tokens) == len(prompt):
@@ -37,8 +39,9 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False) -> list[i
         raise InvalidArgument(
             "chat messages given, but this model's tokenizer has no chat template; give text"
         )
-    encoded = tokenizer.apply_chat_template(
-        list(prompt), add_generation_prompt=True, return_dict=True
+    messages: list[Any] = list(prompt)
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
     )
     return list(encoded["input_ids"])
 
@@ -60,7 +63,8 @@ class TextWriter:
     def add(self, token: int) -> None:
         """Append one token; sets `stopped` if the text now holds a stop string."""
         self.token_ids.append(token)
-        self.text = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        text: Any = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        self.text = str(text)
         ends = [place for text in self._stop if (place := self.text.find(text)) >= 0]
         if ends:
             self.text = self.text[: min(ends)]

@@ -1,0 +1,258 @@
+"""The engine: what goes in, what comes out, and that drafting never changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import spmoe
+from families import FAMILIES, make_checkpoint
+from spmoe.models.loading import load_plain
+from spmoe.models.text import encode
+
+PROMPT = "Once upon a time there was a disk"
+NEW_TOKENS = 24
+DRAFT_LENGTHS = (0, 1, 4, 9)
+
+
+def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
+    """The target alone: transformers' own loop, everything in memory."""
+    ids = torch.tensor([prompt])
+    text = load_plain(path).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+    )
+    return text[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def engine(target_path: Path) -> Iterator[spmoe.Engine]:
+    # Its own draft: every proposal is right, so that most of a text is accepted runs.
+    with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(target_path: Path, engine: spmoe.Engine) -> list[int]:
+    return greedy(target_path, encode(engine.tokenizer, PROMPT), NEW_TOKENS)
+
+
+class TestLossless:
+    """Family, budget and draft length: tokens equal the target's own."""
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_tokens_are_the_targets_own(
+        self, family: str, tmp_path: Path, draft_path: Path
+    ) -> None:
+        path = make_checkpoint(family, tmp_path)
+        for draft in (path, draft_path):
+            for budget in ("50%", "100%"):
+                with spmoe.load(path, draft, expert_memory=budget) as engine:
+                    prompt = engine.encode(PROMPT)
+                    alone = greedy(path, prompt, NEW_TOKENS)
+                    for draft_length in DRAFT_LENGTHS:
+                        found: list[int] = []
+                        for iteration in engine.iterate(
+                            prompt, max_new_tokens=NEW_TOKENS, draft_length=draft_length
+                        ):
+                            found += iteration.tokens
+                        assert found == alone, (family, budget, draft_length)
+
+    def test_the_smallest_budget_and_a_slow_link_give_the_same_bits(
+        self, target_path: Path, engine: spmoe.Engine
+    ) -> None:
+        def logits(engine: spmoe.Engine) -> torch.Tensor:
+            iterations = engine.iterate(PROMPT, max_new_tokens=12, draft_length=3)
+            return torch.cat([iteration.logits for iteration in iterations])
+
+        wanted = logits(engine)
+        store = engine.runtime.store
+        wave = engine.target.experts_per_token * (store.blob_bytes + 255) // 256 * 256
+        for budget in (wave, "100%"):
+            with spmoe.load(target_path, target_path, expert_memory=budget) as other:
+                for seed in range(3):
+                    other.runtime.inject(delay_seed=seed, max_delay_us=200)
+                    assert torch.equal(logits(other), wanted)
+
+
+class TestRequests:
+    def test_a_whole_text_comes_with_its_tokens_and_figures(
+        self, engine: spmoe.Engine, expected: list[int]
+    ) -> None:
+        result = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        assert result.token_ids == expected
+        assert result.text == engine.tokenizer.decode(expected, skip_special_tokens=True)
+        assert result.finish_reason == "length"
+        stats = result.stats
+        assert (stats.prompt_tokens, stats.new_tokens) == (len(PROMPT), NEW_TOKENS)
+        assert stats.drafted >= stats.accepted > 0
+        assert stats.acceptance == stats.accepted / stats.drafted
+        assert stats.new_tokens == stats.iterations + stats.accepted
+        assert stats.hits + stats.late + stats.misses > 0
+        assert engine.stats()["request"] == stats.as_dict()
+
+    def test_pieces_of_a_stream_make_up_the_text(self, engine: spmoe.Engine) -> None:
+        pieces = list(engine.stream(PROMPT, max_new_tokens=NEW_TOKENS))
+        assert len(pieces) > 1
+        assert "".join(pieces) == engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text
+
+    def test_token_ids_and_text_are_the_same_prompt(
+        self, engine: spmoe.Engine, expected: list[int]
+    ) -> None:
+        tokens = encode(engine.tokenizer, PROMPT)
+        assert engine.generate(tokens, max_new_tokens=NEW_TOKENS).token_ids == expected
+
+    def test_chat_messages_go_through_the_template(self, engine: spmoe.Engine) -> None:
+        messages = [{"role": "user", "content": "Hi"}]
+        with pytest.raises(spmoe.InvalidArgument, match="no chat template; give text"):
+            engine.generate(messages)
+        engine.tokenizer.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        )
+        try:
+            assert engine.encode(messages) == engine.encode("<user>Hi", raw=True)
+            assert engine.encode("Hi") == engine.encode("<user>Hi", raw=True)
+        finally:
+            engine.tokenizer.chat_template = None
+
+    @pytest.mark.parametrize("draft_length", DRAFT_LENGTHS)
+    @pytest.mark.parametrize("count", [1, 2, 3, 7])
+    def test_a_text_has_exactly_as_many_tokens_as_asked(
+        self, engine: spmoe.Engine, expected: list[int], draft_length: int, count: int
+    ) -> None:
+        result = engine.generate(PROMPT, max_new_tokens=count, draft_length=draft_length)
+        assert result.token_ids == expected[:count]
+
+    @pytest.mark.parametrize("place", range(1, 8))
+    def test_an_end_token_ends_the_text_inside_an_accepted_run(
+        self, engine: spmoe.Engine, expected: list[int], place: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ending = expected[place]
+        target = engine.target
+        monkeypatch.setattr(
+            engine, "target", type(target)(**_fields(target) | {"end_token_ids": {ending}})
+        )
+        result = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        assert result.token_ids == expected[: expected.index(ending) + 1]
+        assert result.finish_reason == "stop"
+
+    @pytest.mark.parametrize("place", range(1, 8))
+    def test_a_stop_string_ends_the_text_inside_an_accepted_run(
+        self, engine: spmoe.Engine, place: int
+    ) -> None:
+        whole = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text
+        stop = whole[place : place + 2]
+        for stops in (stop, ["never there", stop]):
+            result = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS, stop=stops)
+            assert result.text == whole[: whole.index(stop)]
+            assert result.finish_reason == "stop"
+            pieces = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS, stop=stops)
+            assert "".join(pieces) == result.text
+
+    def test_a_stream_that_is_dropped_leaves_the_engine_usable(
+        self, engine: spmoe.Engine, expected: list[int]
+    ) -> None:
+        stream = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS)
+        next(stream)
+        stream.close()
+        assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).token_ids == expected
+
+    def test_the_context_ends_a_text(self, engine: spmoe.Engine) -> None:
+        prompt = [65] * (engine.context_length - 5)
+        result = engine.generate(prompt, max_new_tokens=100)
+        assert len(result.token_ids) == 5
+        assert result.finish_reason == "length"
+
+    def test_without_a_draft_it_decodes_plainly(
+        self, target_path: Path, expected: list[int]
+    ) -> None:
+        with spmoe.load(target_path, expert_memory="50%") as plain:
+            result = plain.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        assert result.token_ids == expected
+        assert (result.stats.drafted, result.stats.iterations) == (0, NEW_TOKENS)
+        assert result.stats.acceptance is None
+
+
+class TestBadRequests:
+    """Each is refused with the cure, and the next good request is answered."""
+
+    @pytest.fixture(autouse=True)
+    def still_answers(self, engine: spmoe.Engine, expected: list[int]) -> Iterator[None]:
+        yield
+        assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).token_ids == expected
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            ("", "the prompt is empty; give at least one token"),
+            ([], "the prompt is empty; give at least one token"),
+            ([1, 99999], "has token id 99999; give at least one token from 0 to 263"),
+            ([65] * 512, "has 512 tokens, but the model's context is 512.*shorten the prompt"),
+        ],
+    )
+    def test_a_prompt_that_cannot_be_read(
+        self, engine: spmoe.Engine, prompt: object, message: str
+    ) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match=message):
+            engine.generate(prompt)
+
+    def test_no_tokens_asked(self, engine: spmoe.Engine) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match="max_new_tokens must be at least 1, got 0"):
+            engine.generate(PROMPT, max_new_tokens=0)
+
+    def test_a_draft_length_out_of_range(self, engine: spmoe.Engine) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match=r"from 0 .* to 31, got 99"):
+            engine.generate(PROMPT, draft_length=99)
+
+    def test_an_option_that_does_not_exist(self, engine: spmoe.Engine) -> None:
+        with pytest.raises(TypeError, match="temprature"):
+            engine.generate(PROMPT, temprature=1.0)
+
+    def test_a_read_error_in_the_middle_of_decoding(self, engine: spmoe.Engine) -> None:
+        stream = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS)
+        next(stream)
+        engine.runtime.inject(fail_at_copy=1)
+        with pytest.raises(
+            spmoe.DeviceError, match=r"could not fill expert \d+ of layer \d+ \(model-.*safetensors"
+        ):
+            list(stream)
+
+
+class TestLoad:
+    def test_a_budget_under_one_wave_is_refused_with_the_bytes_needed(
+        self, target_path: Path
+    ) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match=r"give at least \d+ bytes"):
+            spmoe.load(target_path, expert_memory=1)
+
+    def test_a_device_that_is_not_there_is_refused(self, target_path: Path) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match='device "tpu" asked'):
+            spmoe.load(target_path, device="tpu")
+
+    def test_a_dtype_that_does_not_exist_is_refused(self, target_path: Path) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match='dtype "int8" is not'):
+            spmoe.load(target_path, dtype="int8")
+
+    def test_a_closed_engine_says_so(self, target_path: Path) -> None:
+        engine = spmoe.load(target_path)
+        engine.close()
+        engine.close()
+        with pytest.raises(spmoe.Error, match="closed"):
+            engine.generate(PROMPT)
+
+    def test_progress_ends_at_its_total(self, target_path: Path, draft_path: Path) -> None:
+        calls: list[tuple[str, int, int]] = []
+        with spmoe.load(target_path, draft_path, progress=lambda *call: calls.append(call)):
+            pass
+        assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+        assert calls[-1][1] == calls[-1][2]
+
+
+def _fields(target: object) -> dict[str, object]:
+    return {name: getattr(target, name) for name in target.__dataclass_fields__}

@@ -1,0 +1,28 @@
+"""The examples run as they are written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(example: str, *arguments: object) -> str:
+    command = [sys.executable, EXAMPLES / example, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_generate_writes_text_and_figures(target_path: Path, draft_path: Path) -> None:
+    for arguments in ([target_path], [target_path, draft_path]):
+        assert "tokens/s" in run("generate.py", *arguments)
+
+
+def test_plain_torch_runs_every_layer(target_path: Path) -> None:
+    assert "misses" in run("plain_torch.py", *target_path.glob("*.safetensors"))
+
+
+def test_every_example_is_run_here() -> None:
+    text = Path(__file__).read_text()
+    assert all(f'"{example.name}"' in text for example in EXAMPLES.glob("*.py"))
