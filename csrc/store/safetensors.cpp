@@ -80,7 +80,7 @@ std::uint64_t read_header_length(const FileHandle& handle, const std::string& fi
   }
   std::uint64_t length = 0;
   for (std::size_t i = digits.size(); i-- > 0;) {
-    length = (length << 8) | std::uint64_t{static_cast<unsigned char>(digits[i])};
+    length = length * 256 + static_cast<unsigned char>(digits[i]);
   }
   if (length > header_limit_bytes) {
     refuse(file, "is damaged or no safetensors file: it announces a header of " +
