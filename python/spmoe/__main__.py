@@ -1,0 +1,5 @@
+"""`python -m spmoe`."""
+
+from spmoe.cli import main
+
+main()

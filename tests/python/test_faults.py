@@ -1,0 +1,137 @@
+"""Checkpoints that break, before loading and while text is being written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import spmoe
+import torch
+from families import make_dense_draft
+from safetensors.torch import load_file, save_file
+
+PROMPT = "Once upon a time"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(target_path: Path, tmp_path: Path) -> Path:
+    """A copy of a good checkpoint, to break."""
+    return Path(shutil.copytree(target_path, tmp_path / "checkpoint"))
+
+
+def shard_of(checkpoint: Path, tensor: str = EXPERT) -> Path:
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    return checkpoint / index["weight_map"][tensor]
+
+
+def truncate(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def flip_header(shard: Path) -> None:
+    with shard.open("r+b") as file:
+        file.seek(12)
+        file.write(b"\xff\xfe")
+
+
+def announce_too_much(shard: Path) -> None:
+    with shard.open("r+b") as file:
+        file.write((1 << 40).to_bytes(8, "little"))
+
+
+def drop_tensor(shard: Path) -> None:
+    tensors = load_file(shard)
+    del tensors[EXPERT]
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def change_dtype(shard: Path) -> None:
+    tensors = load_file(shard)
+    tensors[EXPERT] = tensors[EXPERT].to(torch.float64)
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"model-\S+ is truncated.*download"),
+        (flip_header, r"model-\S+ is damaged: its header is not JSON.*download"),
+        (announce_too_much, r"model-\S+ is damaged.*header of 1099511627776 bytes.*download"),
+        (drop_tensor, rf"{EXPERT} is missing.*download"),
+        (change_dtype, r"F64"),
+    ],
+)
+def test_a_damaged_shard_is_refused_before_anything_is_computed(
+    checkpoint: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(shard_of(checkpoint))
+    with pytest.raises(spmoe.CheckpointError, match=message):
+        spmoe.load(checkpoint)
+
+
+def test_a_shard_removed_after_loading_is_still_read(checkpoint: Path) -> None:
+    with spmoe.load(checkpoint, expert_memory="50%") as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
+        shutil.rmtree(checkpoint)
+        assert engine.generate(PROMPT, max_new_tokens=8).token_ids == expected
+
+
+def test_a_shard_truncated_after_loading_fails_the_request_and_no_other(checkpoint: Path) -> None:
+    # transformers maps the files of dense weights into memory; the experts' own file is broken.
+    experts = gather_experts(checkpoint)
+    whole = experts.read_bytes()
+    with spmoe.load(checkpoint, expert_memory="50%") as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
+        os.truncate(experts, 16)
+        with pytest.raises(
+            spmoe.DeviceError,
+            match=r"expert \d+ of layer \d+ \(.*experts.safetensors\).*truncated after",
+        ):
+            engine.generate(PROMPT, max_new_tokens=8)
+        experts.write_bytes(whole)
+        assert engine.generate(PROMPT, max_new_tokens=8).token_ids == expected
+
+
+def gather_experts(checkpoint: Path) -> Path:
+    """Move all expert tensors into a file of their own; return it."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    weight_map = {
+        name: f"{'experts' if '.experts.' in name else 'dense'}.safetensors" for name in tensors
+    }
+    for file in set(weight_map.values()):
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        save_file(part, checkpoint / file, metadata={"format": "pt"})
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return checkpoint / "experts.safetensors"
+
+
+@pytest.mark.parametrize("place", [1, 2, 5, 17])
+def test_a_read_error_fails_the_request_and_no_other(target_path: Path, place: int) -> None:
+    with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
+        expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
+        engine.runtime.inject(fail_at_copy=place)
+        with pytest.raises(spmoe.DeviceError, match="read error injected"):
+            engine.generate(PROMPT, max_new_tokens=8)
+        for _ in range(2):
+            assert engine.generate(PROMPT, max_new_tokens=8).token_ids == expected
+
+
+def test_a_draft_of_another_vocabulary_is_refused(target_path: Path, tmp_path: Path) -> None:
+    draft = make_dense_draft(tmp_path)
+    file = draft / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(spmoe.InvalidArgument, match=r"another vocabulary .*use a draft of"):
+        spmoe.load(target_path, draft)
