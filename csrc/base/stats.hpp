@@ -6,15 +6,15 @@ namespace spmoe {
 
 /// Counters of one MoE layer since the start. Experts are counted once a `need`.
 struct LayerStats {
-  std::uint64_t hits = 0;                  ///< resident when needed
-  std::uint64_t late = 0;                  ///< in flight when needed
-  std::uint64_t misses = 0;                ///< not started when needed
-  std::uint64_t demand_bytes = 0;          ///< moved because compute waited for them
-  std::uint64_t prefetch_bytes = 0;        ///< moved on a prediction, used or not
-  std::uint64_t prefetch_used_bytes = 0;   ///< of these, used before they were evicted
-  std::uint64_t predictions = 0;           ///< score vectors received
-  double stall_s = 0;                      ///< compute waited for the link
-  double compute_s = 0;                    ///< compute ran
+  std::uint64_t hits = 0;                 ///< resident when needed
+  std::uint64_t late = 0;                 ///< in flight when needed
+  std::uint64_t misses = 0;               ///< not started when needed
+  std::uint64_t demand_bytes = 0;         ///< moved because compute waited for them
+  std::uint64_t prefetch_bytes = 0;       ///< moved on a prediction, used or not
+  std::uint64_t prefetch_used_bytes = 0;  ///< of these, used before they were evicted
+  std::uint64_t predictions = 0;          ///< score vectors received
+  double stall_s = 0;                     ///< compute waited for the link
+  double compute_s = 0;                   ///< compute ran
 
   LayerStats& operator+=(const LayerStats& other) noexcept {
     hits += other.hits;

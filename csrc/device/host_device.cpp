@@ -118,7 +118,8 @@ class CopyPool {
   void wait(BatchLog& log, Fence fence) {
     std::unique_lock lock{mutex_};
     ended_.wait(lock, [&] { return log.done(fence); });
-    const auto failure = std::ranges::find(log.failures, fence, &std::pair<Fence, std::string>::first);
+    const auto failure =
+        std::ranges::find(log.failures, fence, &std::pair<Fence, std::string>::first);
     if (failure == log.failures.end()) return;
     const std::string message = std::move(failure->second);
     log.failures.erase(failure);
@@ -224,13 +225,12 @@ class ThreadedHostDevice final : public HostDevice {
   std::string_view name() const noexcept override { return "host"; }
 
   std::byte* allocate(std::size_t bytes) override {
-    void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED) {
       const auto free_bytes = static_cast<std::uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) *
                               static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-      throw OutOfMemory{"no memory for " + format_bytes(bytes) + ": " + std::strerror(errno) + ", " +
-                        format_bytes(free_bytes) + " free on host; lower expert_memory"};
+      throw OutOfMemory{"no memory for " + format_bytes(bytes) + ": " + std::strerror(errno) +
+                        ", " + format_bytes(free_bytes) + " free on host; lower expert_memory"};
     }
     ::madvise(data, bytes, MADV_HUGEPAGE);  // a hint: failure changes speed alone
     return static_cast<std::byte*>(data);
@@ -251,7 +251,8 @@ class ThreadedHostDevice final : public HostDevice {
 
 std::unique_ptr<HostDevice> make_host_device(const HostDeviceOptions& options) {
   if (options.copy_threads == 0 || options.piece_bytes == 0 || !(options.link_gbps >= 0)) {
-    throw InvalidArgument{"copy_threads and piece_bytes must be at least 1 and link_gbps at least 0"};
+    throw InvalidArgument{
+        "copy_threads and piece_bytes must be at least 1 and link_gbps at least 0"};
   }
   return std::make_unique<ThreadedHostDevice>(options);
 }

@@ -20,7 +20,7 @@ struct HostDeviceOptions {
   /// for one piece at most.
   std::uint64_t piece_bytes = 1 << 20;
   double link_gbps = 0;  ///< paces the link to so many 10^9 bytes a second; 0: unpaced
-  LinkFaults faults;
+  LinkFaults faults{};
 };
 
 /// A device whose memory is RAM, whose streams are served by a pool of threads, and whose slower

@@ -23,7 +23,13 @@ CopyLane::~CopyLane() {
 void CopyLane::submit(const Fill& fill, std::span<const CopyOp> ops) {
   {
     const std::lock_guard lock{mutex_};
-    pending_.push({fill, stream_->copy_batch(ops)});
+    Pending pending{fill, 0, {}};
+    try {
+      pending.fence = stream_->copy_batch(ops);
+    } catch (const DeviceError& rejected) {
+      pending.error = rejected.what();
+    }
+    pending_.push(std::move(pending));
   }
   submitted_.notify_one();
 }
@@ -38,18 +44,17 @@ void CopyLane::work() {
   while (true) {
     submitted_.wait(lock, [this] { return stopping_ || !pending_.empty(); });
     if (pending_.empty()) return;
-    const Pending oldest = pending_.front();
+    Pending oldest = pending_.front();
     lock.unlock();
-    std::string error;
     try {
       stream_->wait(oldest.fence);
     } catch (const DeviceError& failure) {
-      error = failure.what();
+      oldest.error = failure.what();
     }
     lock.lock();
     pending_.pop();
     lock.unlock();
-    on_landed_(oldest.fill, error);
+    on_landed_(oldest.fill, oldest.error);
     lock.lock();
   }
 }

@@ -27,7 +27,8 @@ class CopyLane {
   CopyLane& operator=(const CopyLane&) = delete;
   ~CopyLane();  ///< waits for the fills under way, and tells of them
 
-  /// Starts a fill. Does not wait. Allocates nothing in steady state.
+  /// Starts a fill. Does not wait. If the device rejects it, its end tells so. Allocates nothing
+  /// in steady state.
   void submit(const Fill& fill, std::span<const CopyOp> ops);
 
   /// Fills submitted and not told of.
@@ -36,7 +37,8 @@ class CopyLane {
  private:
   struct Pending {
     Fill fill{};
-    Fence fence = 0;
+    Fence fence = 0;    // 0 if the device rejected the copies
+    std::string error;  // why it did
   };
   void work();
 

@@ -73,9 +73,9 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       ffn_{make_host_expert_ffn(store_->format(), options.activation, options.compute_threads,
                                 options.isa)},
       rows_{store_->expert_count()},
-      scheduler_{{store_->layer_count(), store_->expert_count(), slot_count_,
-                  store_->format().bytes()},
-                 make_lru(slot_count_)},
+      scheduler_{
+          {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes()},
+          make_lru(slot_count_)},
       timings_(store_->layer_count()),
       pool_{std::make_unique<Buffer>(*device_, slot_count_ * slot_stride_)} {
   tasks_.reserve(store_->expert_count());
@@ -109,7 +109,8 @@ void Runtime::require_open(std::uint16_t layer) const {
     throw Error{"this Runtime is closed; make a new one"};
   }
   if (layer >= store_->layer_count()) {
-    throw InvalidArgument{"layer " + std::to_string(layer) + " asked, but the store has MoE layers 0 to " +
+    throw InvalidArgument{"layer " + std::to_string(layer) +
+                          " asked, but the store has MoE layers 0 to " +
                           std::to_string(store_->layer_count() - 1)};
   }
 }
@@ -117,8 +118,7 @@ void Runtime::require_open(std::uint16_t layer) const {
 std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slot * slot_stride_; }
 
 void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
-  const std::lock_guard call{call_mutex_};
-  std::unique_lock lock{mutex_};
+  const std::lock_guard call{call_mutex_};  // `close` takes it too, so what is open stays open
   require_open(layer);
   const std::size_t hidden = store_->format().hidden;
   const std::size_t pairs = std::size_t{args.tokens} * args.k;
@@ -127,6 +127,7 @@ void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
   resize_for_call(expert_out_, pairs * hidden);
   widen(args.x, args.x_dtype, x_.size(), x_.data());
 
+  std::unique_lock lock{mutex_};
   failure_.clear();
   try {
     run_needed(lock, layer);
@@ -240,7 +241,11 @@ void Runtime::end_iteration(std::uint32_t accepted) {
   scheduler_.end_iteration();
 }
 
-void Runtime::inject(const LinkFaults& faults) { device_->inject(faults); }
+void Runtime::inject(const LinkFaults& faults) {
+  const std::lock_guard lock{mutex_};
+  require_open(0);
+  device_->inject(faults);
+}
 
 RuntimeStats Runtime::stats() const {
   const std::lock_guard lock{mutex_};

@@ -22,8 +22,8 @@ void Scheduler::predict(std::uint16_t layer, std::span<const float>) {
 }
 
 void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts) {
-  layer_ = layer;
   LayerStats& stats = stats_.at(layer);
+  layer_ = layer;
   for (const std::uint16_t expert : experts) {
     const ExpertId id{layer, expert};
     const auto slot = slots_.find(id);
@@ -52,7 +52,11 @@ void Scheduler::forget_predictions(std::uint16_t layer) {
 void Scheduler::read_ahead(std::uint16_t layer) {
   if (layer >= shape_.layer_count) return;
   for (std::uint16_t expert = 0; expert < shape_.expert_count; ++expert) {
-    if (!slots_.find({layer, expert})) queue_.push({layer, expert}, FillKind::prefetch);
+    if (const auto slot = slots_.find({layer, expert})) {
+      fills_[*slot].fresh = true;  // or its neighbours would be read into its place
+    } else {
+      queue_.push({layer, expert}, FillKind::prefetch);
+    }
   }
 }
 
@@ -89,7 +93,7 @@ void Scheduler::abandon_need() {
 
 bool Scheduler::make_room(FillKind kind) {
   if (slots_.find_empty()) return true;
-  // What was prefetched for the pass under way leaves last, and never for another prefetch.
+  // What the pass under way is still to use leaves last, and never for a prefetch.
   for (const bool spare_fresh : {true, false}) {
     candidates_.clear();
     for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {

@@ -95,7 +95,7 @@ class Scheduler {
   struct FillState {
     FillKind kind = FillKind::demand;
     bool unused = false;  // prefetched and not used yet
-    bool fresh = false;   // unused, and its layer is still to come in this pass
+    bool fresh = false;   // prefetched or kept for a layer that is still to come in this pass
   };
   std::vector<FillState> fills_;  // by slot
 

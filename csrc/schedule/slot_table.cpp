@@ -23,6 +23,9 @@ SlotTable::SlotTable(SlotIndex slot_count, std::uint16_t layer_count, std::uint1
 }
 
 std::size_t SlotTable::place(ExpertId expert) const {
+  if (expert.expert >= expert_count_) {
+    throw std::out_of_range{"SlotTable: no expert " + std::to_string(expert.expert)};
+  }
   return std::size_t{expert.layer} * expert_count_ + expert.expert;
 }
 

@@ -34,12 +34,13 @@ class SlotTable {
   /// An empty slot, the lowest.
   [[nodiscard]] std::optional<SlotIndex> find_empty() const;
 
-  void begin_fill(SlotIndex slot, ExpertId expert);  ///< empty -> filling
-  void finish_fill(SlotIndex slot);                  ///< filling -> resident
-  void abort_fill(SlotIndex slot);                   ///< filling -> empty
-  void evict(SlotIndex slot);                        ///< resident and not leased -> empty
-  void lease(SlotIndex slot);                        ///< resident, one lease more
-  void release(SlotIndex slot);                      ///< one lease less
+  /// empty -> filling. `slot` is the one that `find_empty` returns; `expert` has none yet.
+  void begin_fill(SlotIndex slot, ExpertId expert);
+  void finish_fill(SlotIndex slot);  ///< filling -> resident
+  void abort_fill(SlotIndex slot);   ///< filling -> empty
+  void evict(SlotIndex slot);        ///< resident and not leased -> empty
+  void lease(SlotIndex slot);        ///< resident, one lease more
+  void release(SlotIndex slot);      ///< one lease less
 
  private:
   [[nodiscard]] std::size_t place(ExpertId expert) const;

@@ -12,8 +12,8 @@ void TransferQueue::push(ExpertId expert, FillKind kind) {
     if (place->kind >= kind) return;
     waiting_.erase(place);
   }
-  const auto behind = std::ranges::find_if(
-      waiting_, [kind](const Entry& entry) { return entry.kind < kind; });
+  const auto behind =
+      std::ranges::find_if(waiting_, [kind](const Entry& entry) { return entry.kind < kind; });
   waiting_.insert(behind, {expert, kind});
 }
 

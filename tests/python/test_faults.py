@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import spmoe
 import torch
-from families import make_dense_draft
 from safetensors.torch import load_file, save_file
+
+import spmoe
+from families import make_dense_draft
 
 PROMPT = "Once upon a time"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+
 from spmoe.demo import Pair, ensure_pair
 
 MIB = 1 << 20

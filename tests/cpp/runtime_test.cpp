@@ -1,0 +1,651 @@
+#include "runtime/runtime.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "allocation_counter.hpp"
+#include "base/convert.hpp"
+#include "base/error.hpp"
+#include "fake_store.hpp"
+#include "message_of.hpp"
+
+namespace spmoe {
+namespace {
+
+constexpr BlobFormat format{.hidden = 24, .inter = 16, .dtype = DType::bf16};  // 2304 bytes
+constexpr std::uint16_t layer_count = 3;
+constexpr std::uint16_t expert_count = 8;
+constexpr std::uint32_t top_k = 2;
+constexpr std::uint64_t slot_bytes = 2304;
+constexpr SlotIndex all_slots = layer_count * expert_count;
+static_assert(format.bytes() == slot_bytes);
+
+const std::shared_ptr<const FakeStore>& store() {
+  static const auto shared = std::make_shared<const FakeStore>(format, layer_count, expert_count);
+  return shared;
+}
+
+/// Small pieces, so that each blob is several copies on the link.
+RuntimeOptions options(SlotIndex slot_count) {
+  RuntimeOptions result;
+  result.expert_memory_bytes = slot_count * slot_bytes;
+  result.experts_per_token = top_k;
+  result.compute_threads = 1;
+  result.device.copy_threads = 2;
+  result.device.piece_bytes = 500;
+  return result;
+}
+
+/// One call of a layer.
+struct LayerCall {
+  std::uint16_t layer;
+  std::uint32_t tokens;
+  std::uint32_t k;
+  std::vector<float> x;
+  std::vector<std::int64_t> index;
+  std::vector<float> weights;
+};
+
+LayerCall random_call(std::mt19937& random, std::uint16_t layer, std::uint32_t tokens,
+                      std::uint32_t k = top_k) {
+  LayerCall call{layer, tokens, k, {}, {}, {}};
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<float> weight{0.1F, 1.0F};
+  call.x.resize(std::size_t{tokens} * format.hidden);
+  std::ranges::generate(call.x, [&] { return normal(random); });
+  std::vector<std::int64_t> experts(expert_count);
+  std::iota(experts.begin(), experts.end(), 0);
+  for (std::uint32_t token = 0; token < tokens; ++token) {
+    std::ranges::shuffle(experts, random);
+    call.index.insert(call.index.end(), experts.begin(), experts.begin() + k);
+    for (std::uint32_t i = 0; i < k; ++i) call.weights.push_back(weight(random));
+  }
+  return call;
+}
+
+/// A pass over all layers by so many rows that every expert of every layer is needed.
+std::vector<LayerCall> prefill(std::mt19937& random) {
+  std::vector<LayerCall> calls;
+  for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
+    calls.push_back(random_call(random, layer, 40));
+    for (std::size_t i = 0; i < expert_count; ++i) {
+      calls.back().index[2 * i] = static_cast<std::int64_t>(i);
+    }
+  }
+  return calls;
+}
+
+/// A prompt and some verifications of 1 to 5 positions.
+std::vector<LayerCall> conversation(std::uint32_t seed) {
+  std::mt19937 random{seed};
+  std::vector<LayerCall> calls = prefill(random);
+  for (int iteration = 0; iteration < 8; ++iteration) {
+    const auto tokens = static_cast<std::uint32_t>(1 + random() % 5);
+    for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
+      calls.push_back(random_call(random, layer, tokens));
+    }
+  }
+  return calls;
+}
+
+std::vector<float> forward(Runtime& runtime, const LayerCall& call) {
+  std::vector<float> out(call.x.size(), std::nanf(""));
+  ForwardArgs args;
+  args.tokens = call.tokens;
+  args.k = call.k;
+  args.x = call.x.data();
+  args.top_k_index = call.index.data();
+  args.top_k_weights = call.weights.data();
+  args.out = out.data();
+  runtime.forward(call.layer, args);
+  return out;
+}
+
+std::vector<std::vector<float>> run(Runtime& runtime, const std::vector<LayerCall>& calls) {
+  std::vector<std::vector<float>> outs;
+  for (const LayerCall& call : calls) {
+    outs.push_back(forward(runtime, call));
+    if (call.layer + 1 == layer_count) runtime.end_iteration(1);
+  }
+  return outs;
+}
+
+/// What `conversation(seed)` gives with everything resident, one thread at each place.
+const std::vector<std::vector<float>>& plain_outputs(std::uint32_t seed) {
+  static std::vector<std::pair<std::uint32_t, std::vector<std::vector<float>>>> known;
+  for (const auto& [of, outs] : known) {
+    if (of == seed) return outs;
+  }
+  RuntimeOptions plain = options(all_slots);
+  plain.device.copy_threads = 1;
+  Runtime runtime{store(), plain};
+  return known.emplace_back(seed, run(runtime, conversation(seed))).second;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+void expect_same_bits(const std::vector<std::vector<float>>& outs, std::uint32_t seed) {
+  const auto& wanted = plain_outputs(seed);
+  ASSERT_EQ(outs.size(), wanted.size());
+  for (std::size_t i = 0; i < outs.size(); ++i) {
+    ASSERT_TRUE(same_bits(outs[i], wanted[i])) << "call " << i << ", seed " << seed;
+  }
+}
+
+LayerStats total(const Runtime& runtime) {
+  LayerStats sum;
+  for (const LayerStats& layer : runtime.stats().layers) sum += layer;
+  return sum;
+}
+
+std::uint64_t moved(const LayerStats& stats) { return stats.demand_bytes + stats.prefetch_bytes; }
+
+/// The definition, in double precision.
+std::vector<double> reference(const FakeStore& of, const LayerCall& call) {
+  const std::size_t hidden = of.format().hidden;
+  std::vector<double> out(call.x.size());
+  for (std::size_t i = 0; i < call.index.size(); ++i) {
+    const std::size_t token = i / call.k;
+    const ExpertId id{call.layer, static_cast<std::uint16_t>(call.index[i])};
+    const auto row = reference(of.expert(id), {}, call.x.data() + token * hidden);
+    for (std::size_t h = 0; h < hidden; ++h) {
+      out[token * hidden + h] += static_cast<double>(call.weights[i]) * row[h];
+    }
+  }
+  return out;
+}
+
+TEST(Runtime, forward_is_the_weighted_sum_of_the_experts) {
+  std::mt19937 random{1};
+  Runtime runtime{store(), options(all_slots)};
+  for (const std::uint32_t tokens : {1U, 2U, 5U, 40U}) {
+    for (const std::uint32_t k : {1U, 2U, 5U, 8U}) {
+      const LayerCall call = random_call(random, 1, tokens, k);
+      const auto out = forward(runtime, call);
+      const auto wanted = reference(*store(), call);
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        ASSERT_NEAR(static_cast<double>(out[i]), wanted[i], 1e-4 * (1 + std::abs(wanted[i])))
+            << tokens << " tokens, k " << k << ", at " << i;
+      }
+    }
+  }
+}
+
+TEST(Runtime, every_dtype_of_blobs_and_tensors_computes_the_same_sum) {
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    SCOPED_TRACE(name_of(dtype));
+    const BlobFormat with_bias{.hidden = 24, .inter = 16, .dtype = dtype, .has_bias = true};
+    const auto biased = std::make_shared<const FakeStore>(with_bias, 1, 4);
+    RuntimeOptions whole = options(0);
+    whole.expert_memory_bytes = 1 << 20;
+    Runtime runtime{biased, whole};
+    std::mt19937 random{2};
+    LayerCall call = random_call(random, 0, 3);
+    for (std::int64_t& expert : call.index) expert %= 4;
+    // Round x and the weights to `dtype`, so that both sides see the same values.
+    std::vector<std::uint32_t> x(call.x.size());
+    std::vector<std::uint32_t> weights(call.weights.size());
+    narrow(call.x.data(), call.x.size(), dtype, x.data());
+    widen(x.data(), dtype, call.x.size(), call.x.data());
+    narrow(call.weights.data(), call.weights.size(), dtype, weights.data());
+    widen(weights.data(), dtype, call.weights.size(), call.weights.data());
+    std::vector<std::uint32_t> narrow_out(x.size());
+    runtime.forward(0, {.tokens = 3,
+                        .k = top_k,
+                        .x = x.data(),
+                        .x_dtype = dtype,
+                        .top_k_index = call.index.data(),
+                        .top_k_weights = weights.data(),
+                        .weights_dtype = dtype,
+                        .out = narrow_out.data()});
+    std::vector<float> out(x.size());
+    widen(narrow_out.data(), dtype, out.size(), out.data());
+    const auto wanted = reference(*biased, call);
+    const double step = dtype == DType::bf16 ? 1e-2 : 2e-3;
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      ASSERT_NEAR(static_cast<double>(out[i]), wanted[i], step * (1 + std::abs(wanted[i])));
+    }
+  }
+}
+
+TEST(Runtime, no_tokens_and_no_choices_are_calls_like_any_other) {
+  Runtime runtime{store(), options(2)};
+  const LayerCall none{0, 0, top_k, {}, {}, {}};
+  EXPECT_TRUE(forward(runtime, none).empty());
+  const LayerCall unrouted{0, 1, 0, std::vector<float>(format.hidden, 1.0F), {}, {}};
+  EXPECT_EQ(forward(runtime, unrouted), std::vector<float>(format.hidden, 0.0F));
+  EXPECT_EQ(runtime.stats().link.bytes, 0u);
+}
+
+TEST(Runtime, gives_the_same_bits_at_every_budget_and_thread_count) {
+  const auto calls = conversation(3);
+  for (const SlotIndex slot_count : {2U, 3U, 5U, 8U, 13U, 23U, 24U}) {
+    for (const unsigned threads : {1U, 3U}) {
+      SCOPED_TRACE(::testing::Message() << slot_count << " slots, " << threads << " threads");
+      RuntimeOptions some = options(slot_count);
+      some.compute_threads = threads;
+      some.device.copy_threads = 4 - threads;
+      Runtime runtime{store(), some};
+      EXPECT_EQ(runtime.stats().slot_count, slot_count);
+      expect_same_bits(run(runtime, calls), 3);
+    }
+  }
+}
+
+TEST(Runtime, gives_the_same_bits_when_the_link_is_slowed_at_random) {
+  for (std::uint32_t seed = 4; seed < 10; ++seed) {
+    for (const SlotIndex slot_count : {3U, 11U}) {
+      RuntimeOptions slow = options(slot_count);
+      slow.compute_threads = 2;
+      slow.device.copy_threads = 3;
+      slow.device.faults = {.delay_seed = seed, .max_delay_us = 60};
+      Runtime runtime{store(), slow};
+      SCOPED_TRACE(::testing::Message() << slot_count << " slots");
+      expect_same_bits(run(runtime, conversation(seed)), seed);
+    }
+  }
+}
+
+TEST(Runtime, gives_the_same_bits_with_predictions) {
+  const auto calls = conversation(11);
+  Runtime runtime{store(), options(6)};
+  std::mt19937 random{12};
+  std::vector<float> scores(expert_count);
+  std::vector<std::vector<float>> outs;
+  for (const LayerCall& call : calls) {
+    for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
+      std::ranges::generate(scores, [&] { return static_cast<float>(random() % 100); });
+      runtime.predict(layer, scores);
+    }
+    outs.push_back(forward(runtime, call));
+    if (call.layer + 1 == layer_count) runtime.end_iteration(2);
+  }
+  expect_same_bits(outs, 11);
+  const RuntimeStats stats = runtime.stats();
+  for (const LayerStats& layer : stats.layers) EXPECT_EQ(layer.predictions, calls.size());
+  EXPECT_EQ(stats.iterations, 9u);
+  EXPECT_EQ(stats.accepted, 18u);
+}
+
+TEST(Runtime, gives_the_same_bits_from_a_file) {
+  const auto in_file = std::make_shared<FakeStore>(format, layer_count, expert_count);
+  in_file->move_to_file();
+  Runtime runtime{in_file, options(5)};
+  expect_same_bits(run(runtime, conversation(13)), 13);
+}
+
+TEST(Runtime, gives_the_same_bits_after_failures) {
+  const auto calls = conversation(14);
+  for (const SlotIndex slot_count : {2U, 5U, 24U}) {
+    SCOPED_TRACE(::testing::Message() << slot_count << " slots");
+    Runtime runtime{store(), options(slot_count)};
+    std::mt19937 random{15};
+    std::vector<std::vector<float>> outs;
+    int failures = 0;
+    for (const LayerCall& call : calls) {
+      runtime.inject({.fail_at_copy = 1 + random() % 30});
+      for (const std::size_t done = outs.size(); outs.size() == done;) {
+        try {
+          outs.push_back(forward(runtime, call));
+        } catch (const DeviceError&) {
+          ++failures;
+          runtime.inject({});
+        }
+      }
+    }
+    EXPECT_GT(failures, 0);
+    expect_same_bits(outs, 14);
+  }
+}
+
+TEST(Runtime, a_layer_that_wants_more_experts_than_slots_runs_in_waves) {
+  std::mt19937 random{16};
+  Runtime runtime{store(), options(2)};
+  const LayerCall call = random_call(random, 1, 6, expert_count);
+  const auto out = forward(runtime, call);
+  const auto wanted = reference(*store(), call);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    ASSERT_NEAR(static_cast<double>(out[i]), wanted[i], 1e-4 * (1 + std::abs(wanted[i])));
+  }
+  const RuntimeStats stats = runtime.stats();
+  EXPECT_EQ(stats.slot_count, 2u);
+  EXPECT_LE(stats.resident_count, 2u);
+  EXPECT_EQ(stats.layers[1].misses, expert_count);
+  EXPECT_EQ(stats.layers[1].demand_bytes, expert_count * slot_bytes);
+}
+
+TEST(Runtime, prefill_reads_each_expert_of_a_layer_once_at_any_budget) {
+  for (const SlotIndex slot_count : {2U, 3U, 4U, 7U, 9U, 16U, 20U, 24U}) {
+    for (const std::uint32_t delay : {0U, 80U}) {
+      SCOPED_TRACE(::testing::Message() << slot_count << " slots, delay " << delay);
+      RuntimeOptions some = options(slot_count);
+      some.device.faults = {.delay_seed = slot_count, .max_delay_us = delay};
+      Runtime runtime{store(), some};
+      std::mt19937 random{17};
+      run(runtime, prefill(random));
+      EXPECT_EQ(runtime.stats().link.bytes, all_slots * slot_bytes);
+      for (const LayerStats& layer : runtime.stats().layers) {
+        EXPECT_EQ(moved(layer), expert_count * slot_bytes);
+        EXPECT_EQ(layer.prefetch_used_bytes, layer.prefetch_bytes);  // none was in vain
+      }
+      run(runtime, prefill(random));
+      const std::uint64_t again = runtime.stats().link.bytes - all_slots * slot_bytes;
+      EXPECT_LE(again, all_slots * slot_bytes);
+      if (slot_count == all_slots) {
+        EXPECT_EQ(again, 0u);
+      }
+    }
+  }
+}
+
+TEST(Runtime, counters_add_up) {
+  for (const SlotIndex slot_count : {2U, 6U, 17U}) {
+    SCOPED_TRACE(::testing::Message() << slot_count << " slots");
+    Runtime runtime{store(), options(slot_count)};
+    const auto calls = conversation(18);
+    std::uint64_t needed = 0;
+    for (const LayerCall& call : calls) {
+      std::vector<std::int64_t> experts = call.index;
+      std::ranges::sort(experts);
+      experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+      needed += experts.size();
+    }
+    run(runtime, calls);
+    runtime.close();  // nothing is under way any more
+    const RuntimeStats stats = runtime.stats();
+    const LayerStats sum = total(runtime);
+    EXPECT_EQ(sum.hits + sum.late + sum.misses, needed);
+    EXPECT_EQ(sum.demand_bytes, sum.misses * slot_bytes);
+    EXPECT_EQ(moved(sum), stats.link.bytes);
+    EXPECT_LE(sum.prefetch_used_bytes, sum.prefetch_bytes);
+    EXPECT_EQ(stats.slot_count, slot_count);
+    EXPECT_LE(stats.resident_count, slot_count);
+    EXPECT_FALSE(stats.isa.empty());
+  }
+}
+
+TEST(Runtime, what_is_resident_moves_no_byte) {
+  std::mt19937 random{19};
+  Runtime runtime{store(), options(all_slots)};
+  const LayerCall call = random_call(random, 2, 1);
+  forward(runtime, call);
+  const std::uint64_t once = runtime.stats().link.bytes;
+  EXPECT_EQ(once, top_k * slot_bytes);
+  forward(runtime, call);
+  EXPECT_EQ(runtime.stats().link.bytes, once);
+  EXPECT_EQ(runtime.stats().layers[2].hits, top_k);
+}
+
+TEST(Runtime, a_budget_under_one_wave_is_refused_with_the_bytes_it_needs) {
+  RuntimeOptions tiny = options(2);
+  --tiny.expert_memory_bytes;
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              Runtime{store(), tiny};
+            }),
+            "expert_memory of 4.5 KiB holds 1 experts of 2.2 KiB; one token needs 2 at once: give "
+            "at least 4608 bytes (4.5 KiB)");
+  tiny.expert_memory_bytes = 1;
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              Runtime{store(), tiny};
+            }),
+            "expert_memory of 1 bytes holds 0 experts of 2.2 KiB; one token needs 2 at once: give "
+            "at least 4608 bytes (4.5 KiB)");
+  tiny.experts_per_token = 9;
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              Runtime{store(), tiny};
+            }),
+            "experts_per_token is 9, but a layer has only 8 experts");
+}
+
+TEST(Runtime, a_budget_beyond_the_model_is_cut_to_it) {
+  Runtime runtime{store(), options(1'000'000)};
+  EXPECT_EQ(runtime.stats().slot_count, all_slots);
+}
+
+TEST(Runtime, a_wrong_layer_index_or_score_count_is_refused_and_harms_nothing) {
+  Runtime runtime{store(), options(4)};
+  std::mt19937 random{20};
+  LayerCall call = random_call(random, 3, 1);
+  const std::string no_layer = "layer 3 asked, but the store has MoE layers 0 to 2";
+  EXPECT_EQ(message_of<InvalidArgument>([&] { forward(runtime, call); }), no_layer);
+  const std::vector<float> scores(expert_count + 1);
+  EXPECT_EQ(message_of<InvalidArgument>([&] { runtime.predict(3, scores); }), no_layer);
+  EXPECT_EQ(message_of<InvalidArgument>([&] { runtime.predict(0, scores); }),
+            "9 scores given, but a layer has 8 experts");
+  call = random_call(random, 0, 2);
+  call.index[3] = expert_count;
+  EXPECT_EQ(message_of<InvalidArgument>([&] { forward(runtime, call); }),
+            "top_k_index[1, 1] is 8, but the layer has experts 0 to 7");
+  EXPECT_EQ(runtime.stats().link.bytes, 0u);
+  expect_same_bits(run(runtime, conversation(20)), 20);
+}
+
+TEST(Runtime, a_failed_read_fails_the_call_that_needs_it_once_with_the_expert_named) {
+  std::mt19937 random{21};
+  for (std::uint64_t copy = 1; copy <= 12; ++copy) {
+    SCOPED_TRACE(::testing::Message() << "copy " << copy);
+    RuntimeOptions one_thread = options(4);
+    one_thread.device.copy_threads = 1;  // the n-th copy belongs to a known expert
+    Runtime runtime{store(), one_thread};
+    LayerCall call = random_call(random, 1, 1);
+    call.index = {6, 2};
+    runtime.inject({.fail_at_copy = copy});
+    // Ascending experts; each blob is 3 extents of 768 bytes, each in 2 pieces.
+    const std::string expert = copy <= 6 ? "2" : "6";
+    EXPECT_EQ(message_of<DeviceError>([&] { forward(runtime, call); }),
+              "could not fill expert " + expert +
+                  " of layer 1 (memory): read error injected by a test; the request fails, the "
+                  "next one reads it again");
+    const auto out = forward(runtime, call);
+    const auto wanted = reference(*store(), call);
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      ASSERT_NEAR(static_cast<double>(out[i]), wanted[i], 1e-4 * (1 + std::abs(wanted[i])));
+    }
+  }
+}
+
+TEST(Runtime, a_file_that_was_cut_off_is_named_and_read_again_once_it_is_whole) {
+  const auto in_file = std::make_shared<FakeStore>(format, layer_count, expert_count);
+  in_file->move_to_file();
+  Runtime runtime{in_file, options(3)};
+  std::mt19937 random{22};
+  LayerCall call = random_call(random, 2, 1);
+  call.index = {1, 7};
+  in_file->cut_file_after({2, 7});
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    const std::string message = message_of<DeviceError>([&] { forward(runtime, call); });
+    EXPECT_TRUE(
+        message.starts_with("could not fill expert 7 of layer 2 (fake.safetensors): the "
+                            "file ends at byte "))
+        << message;
+    EXPECT_NE(message.find(", 1 bytes short: it was truncated after it was opened; the request "
+                           "fails, the next one reads it again"),
+              std::string::npos)
+        << message;
+  }
+  in_file->mend_file();
+  const auto out = forward(runtime, call);
+  const auto wanted = reference(*in_file, call);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    ASSERT_NEAR(static_cast<double>(out[i]), wanted[i], 1e-4 * (1 + std::abs(wanted[i])));
+  }
+}
+
+TEST(Runtime, a_failed_read_ahead_harms_nobody) {
+  std::mt19937 random{23};
+  RuntimeOptions one_thread = options(all_slots);
+  one_thread.device.copy_threads = 1;
+  Runtime runtime{store(), one_thread};
+  const auto calls = prefill(random);
+  forward(runtime, calls[0]);  // all 48 copies of layer 0 have been admitted: what follows is ahead
+  runtime.inject({.fail_at_copy = 1});
+  int failures = 0;
+  for (const LayerCall& call : {calls[1], calls[2], calls[1], calls[2]}) {
+    try {
+      forward(runtime, call);
+    } catch (const DeviceError&) {
+      ++failures;  // the call came while the copy was under way
+    }
+  }
+  EXPECT_LE(failures, 1);
+  runtime.inject({});
+  expect_same_bits(run(runtime, conversation(23)), 23);
+}
+
+TEST(Runtime, may_be_closed_twice_and_then_answers_only_stats) {
+  Runtime runtime{store(), options(4)};
+  const auto calls = conversation(24);
+  run(runtime, calls);
+  const std::uint64_t bytes = moved(total(runtime));
+  runtime.close();
+  runtime.close();
+  const std::string closed = "this Runtime is closed; make a new one";
+  const std::vector<float> scores(expert_count);
+  EXPECT_EQ(message_of<Error>([&] { forward(runtime, calls[0]); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.predict(0, scores); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.end_iteration(0); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.inject({}); }), closed);
+  EXPECT_GE(moved(total(runtime)), bytes);
+}
+
+TEST(Runtime, may_go_while_copies_are_under_way) {
+  std::mt19937 random{25};
+  const auto calls = prefill(random);
+  for (int round = 0; round < 20; ++round) {
+    RuntimeOptions slow = options(all_slots);
+    slow.device.faults = {.delay_seed = 25, .max_delay_us = 100};
+    Runtime runtime{store(), slow};
+    forward(runtime, calls[0]);  // layer 1 is being read ahead
+  }
+}
+
+TEST(Runtime, many_threads_may_call_at_once) {
+  RuntimeOptions some = options(5);
+  some.compute_threads = 2;
+  Runtime runtime{store(), some};
+  const auto calls = conversation(26);
+  const auto& wanted = plain_outputs(26);
+  std::atomic<int> wrong{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> callers;
+  for (std::size_t start = 0; start < 3; ++start) {
+    callers.emplace_back([&, start] {
+      for (std::size_t i = start; i < calls.size(); ++i) {
+        if (!same_bits(forward(runtime, calls[i]), wanted[i])) ++wrong;
+      }
+    });
+  }
+  std::vector<std::thread> others;
+  others.emplace_back([&] {
+    const std::vector<float> scores(expert_count, 0.1F);
+    for (std::uint16_t layer = 0; !stop; layer = layer == 0 ? 2 : 0) {
+      runtime.predict(layer, scores);
+    }
+  });
+  others.emplace_back([&] {
+    while (!stop) runtime.end_iteration(1);
+  });
+  others.emplace_back([&] {
+    while (!stop) {
+      const LayerStats sum = total(runtime);
+      if (sum.prefetch_used_bytes > sum.prefetch_bytes) ++wrong;
+    }
+  });
+  for (std::thread& caller : callers) caller.join();
+  stop = true;
+  for (std::thread& other : others) other.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(Runtime, may_be_closed_while_others_call) {
+  for (int round = 0; round < 5; ++round) {
+    Runtime runtime{store(), options(5)};
+    std::atomic<int> calls_done{0};
+    std::atomic<int> closed{0};
+    const auto until_closed = [&](auto call) {
+      return std::thread{[&, call] {
+        try {
+          for (;; ++calls_done) call();
+        } catch (const Error&) {
+          ++closed;
+        }
+      }};
+    };
+    std::mt19937 random{27};
+    const LayerCall call = random_call(random, 1, 4);
+    const std::vector<float> scores(expert_count);
+    std::vector<std::thread> callers;
+    callers.push_back(until_closed([&] { forward(runtime, call); }));
+    callers.push_back(until_closed([&] { runtime.predict(0, scores); }));
+    callers.push_back(until_closed([&] { runtime.end_iteration(0); }));
+    while (calls_done < 20) std::this_thread::yield();
+    runtime.close();
+    for (std::thread& caller : callers) caller.join();
+    EXPECT_EQ(closed, 3);
+  }
+}
+
+TEST(Runtime, steady_decode_allocates_nothing_on_any_thread) {
+  for (const SlotIndex slot_count : {3U, 10U}) {
+    SCOPED_TRACE(::testing::Message() << slot_count << " slots");
+    RuntimeOptions some = options(slot_count);
+    some.compute_threads = 2;
+    Runtime runtime{store(), some};
+    const auto calls = conversation(28);
+    std::mt19937 random{28};
+    const std::vector<float> scores(expert_count, 0.5F);
+    std::vector<float> out(calls[0].x.size());
+    const auto pass = [&](std::size_t first) {
+      for (std::size_t i = first; i < calls.size(); ++i) {
+        const LayerCall& call = calls[i];
+        runtime.predict(call.layer, scores);
+        runtime.forward(call.layer, {.tokens = call.tokens,
+                                     .k = call.k,
+                                     .x = call.x.data(),
+                                     .top_k_index = call.index.data(),
+                                     .top_k_weights = call.weights.data(),
+                                     .out = out.data()});
+        if (call.layer + 1 == layer_count) runtime.end_iteration(1);
+      }
+    };
+    // A slow link makes the queues as long as they get, a full house the groups of experts.
+    runtime.inject({.delay_seed = 28, .max_delay_us = 500});
+    pass(0);
+    runtime.inject({});
+    LayerCall resident = random_call(random, layer_count - 1, 8);  // reads nothing ahead
+    const std::int64_t fitting = std::min<std::int64_t>(slot_count, expert_count);
+    for (std::size_t i = 0; i < resident.index.size(); ++i) {
+      resident.index[i] = static_cast<std::int64_t>(i) % fitting;
+    }
+    for (int round = 0; round < 2; ++round) forward(runtime, resident);
+    const std::uint64_t bytes = runtime.stats().link.bytes;
+    const std::size_t before = allocation_count();
+    for (int round = 0; round < 3; ++round) pass(layer_count);  // all but the prompt
+    EXPECT_EQ(allocation_count() - before, 0u);
+    EXPECT_GT(runtime.stats().link.bytes, bytes);  // the link was in use
+  }
+}
+
+TEST(Runtime, a_long_prompt_leaves_no_memory_behind_that_changes_the_next_call) {
+  std::mt19937 random{29};
+  Runtime runtime{store(), options(6)};
+  forward(runtime, random_call(random, 0, 30'000));  // beyond what calls keep
+  expect_same_bits(run(runtime, conversation(29)), 29);
+}
+
+}  // namespace
+}  // namespace spmoe

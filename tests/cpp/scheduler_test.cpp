@@ -1,0 +1,642 @@
+#include "schedule/scheduler.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "allocation_counter.hpp"
+
+namespace spmoe {
+namespace {
+
+constexpr std::uint64_t blob_bytes = 1000;
+
+using Experts = std::vector<std::uint16_t>;
+
+Experts all_of(std::uint16_t expert_count) {
+  Experts experts(expert_count);
+  std::iota(experts.begin(), experts.end(), std::uint16_t{0});
+  return experts;
+}
+
+LayerStats total(const Scheduler& scheduler) {
+  LayerStats sum;
+  for (const LayerStats& layer : scheduler.stats()) sum += layer;
+  return sum;
+}
+
+Scheduler make(std::uint16_t layer_count, std::uint16_t expert_count, SlotIndex slot_count) {
+  return Scheduler{{layer_count, expert_count, slot_count, blob_bytes}, make_lru(slot_count)};
+}
+
+/// Starts every fill that may start now, of at least that kind.
+std::vector<Fill> start(Scheduler& scheduler, FillKind at_least = FillKind::prefetch) {
+  std::vector<Fill> fills;
+  while (const auto fill = scheduler.next_fill(at_least)) fills.push_back(*fill);
+  return fills;
+}
+
+Experts take(Scheduler& scheduler) {
+  std::vector<ReadyExpert> ready;
+  scheduler.take_ready(ready);
+  Experts experts;
+  for (const ReadyExpert& each : ready) experts.push_back(each.expert);
+  return experts;
+}
+
+/// Runs a need to its end, every fill landing at once. Returns how many fills there were.
+std::size_t run(Scheduler& scheduler, std::uint16_t layer, const Experts& experts) {
+  scheduler.need(layer, experts);
+  std::size_t fills = 0;
+  for (std::size_t computed = 0; computed < experts.size();) {
+    const auto fill = scheduler.next_fill(FillKind::demand);
+    if (fill) {
+      scheduler.filled(fill->slot);
+      ++fills;
+    }
+    const Experts ready = take(scheduler);
+    if (!fill && ready.empty()) {
+      ADD_FAILURE() << "the need of layer " << layer << " is stuck";
+      break;
+    }
+    for (const std::uint16_t expert : ready) scheduler.computed(expert);
+    computed += ready.size();
+  }
+  return fills;
+}
+
+/// Fills of prefetches that may start now land at once. Returns their experts.
+std::vector<ExpertId> land_prefetches(Scheduler& scheduler) {
+  std::vector<ExpertId> experts;
+  while (const auto fill = scheduler.next_fill()) {
+    scheduler.filled(fill->slot);
+    experts.push_back(fill->expert);
+  }
+  return experts;
+}
+
+TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_landed) {
+  Scheduler scheduler = make(2, 4, 2);
+  scheduler.need(1, Experts{3});
+  const auto fill = scheduler.next_fill();
+  ASSERT_TRUE(fill);
+  EXPECT_EQ(fill->expert, (ExpertId{1, 3}));
+  EXPECT_EQ(fill->kind, FillKind::demand);
+  EXPECT_EQ(take(scheduler), Experts{});
+  EXPECT_EQ(scheduler.resident_count(), 0u);
+  scheduler.filled(fill->slot);
+  std::vector<ReadyExpert> ready;
+  scheduler.take_ready(ready);
+  ASSERT_EQ(ready.size(), 1u);
+  EXPECT_EQ(ready[0].expert, 3);
+  EXPECT_EQ(ready[0].slot, fill->slot);
+  EXPECT_EQ(scheduler.resident_count(), 1u);
+  scheduler.computed(3);
+}
+
+TEST(Scheduler, ready_experts_come_in_the_order_in_which_they_landed) {
+  Scheduler scheduler = make(1, 4, 4);
+  run(scheduler, 0, {2});
+  scheduler.need(0, Experts{0, 1, 2, 3});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 3u);
+  for (const std::size_t i : {2U, 0U, 1U}) scheduler.filled(fills[i].slot);
+  EXPECT_EQ(take(scheduler), (Experts{2, 3, 0, 1}));  // the resident first
+  EXPECT_EQ(take(scheduler), Experts{});
+}
+
+TEST(Scheduler, counts_hits_late_ones_and_misses) {
+  Scheduler scheduler = make(2, 4, 8);
+  run(scheduler, 0, all_of(4));  // reads layer 1 ahead
+  const auto ahead = start(scheduler);
+  ASSERT_EQ(ahead.size(), 4u);
+  scheduler.filled(ahead[0].slot);
+  scheduler.failed(ahead[1].slot);
+  scheduler.need(1, Experts{0, 1, 2});
+  const LayerStats& stats = scheduler.stats()[1];
+  EXPECT_EQ(stats.hits, 1u);
+  EXPECT_EQ(stats.misses, 1u);
+  EXPECT_EQ(stats.late, 1u);
+}
+
+TEST(Scheduler, predictions_are_counted_by_layer) {
+  Scheduler scheduler = make(2, 4, 4);
+  const std::vector<float> scores(4, 0.25F);
+  scheduler.predict(1, scores);
+  scheduler.predict(1, scores);
+  EXPECT_EQ(scheduler.stats()[0].predictions, 0u);
+  EXPECT_EQ(scheduler.stats()[1].predictions, 2u);
+}
+
+TEST(Scheduler, a_leased_expert_is_never_evicted) {
+  Scheduler scheduler = make(1, 4, 2);
+  scheduler.need(0, Experts{0, 1, 2});
+  for (const Fill& fill : start(scheduler)) scheduler.filled(fill.slot);
+  EXPECT_EQ(take(scheduler), (Experts{0, 1}));
+  EXPECT_FALSE(scheduler.next_fill());  // both slots are leased
+  scheduler.computed(1);
+  const auto fill = scheduler.next_fill();
+  ASSERT_TRUE(fill);
+  EXPECT_EQ(fill->slot, 1u);
+}
+
+TEST(Scheduler, a_slot_that_is_being_filled_is_never_overwritten) {
+  Scheduler scheduler = make(1, 4, 2);
+  scheduler.need(0, Experts{0, 1, 2});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 2u);
+  EXPECT_NE(fills[0].slot, fills[1].slot);
+  scheduler.abandon_need();
+  scheduler.need(0, Experts{3});
+  EXPECT_FALSE(scheduler.next_fill());
+  scheduler.filled(fills[1].slot);
+  const auto next = scheduler.next_fill();
+  ASSERT_TRUE(next);
+  EXPECT_EQ(next->slot, fills[1].slot);
+}
+
+TEST(Scheduler, a_need_of_more_experts_than_slots_runs_in_waves_and_fills_each_once) {
+  for (const SlotIndex slot_count : {1U, 2U, 3U, 7U}) {
+    Scheduler scheduler = make(1, 16, slot_count);
+    EXPECT_EQ(run(scheduler, 0, all_of(16)), 16u) << slot_count << " slots";
+  }
+}
+
+TEST(Scheduler, residents_of_a_wave_are_used_before_they_leave) {
+  Scheduler scheduler = make(1, 8, 4);
+  run(scheduler, 0, {4, 5, 6, 7});
+  EXPECT_EQ(run(scheduler, 0, all_of(8)), 4u);
+  EXPECT_EQ(scheduler.stats()[0].hits, 4u);
+}
+
+TEST(Scheduler, demands_start_before_every_prefetch) {
+  Scheduler scheduler = make(3, 4, 12);
+  run(scheduler, 0, all_of(4));
+  scheduler.need(2, Experts{1, 3});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 6u);
+  for (std::size_t i = 0; i < fills.size(); ++i) {
+    EXPECT_EQ(fills[i].kind, i < 2 ? FillKind::demand : FillKind::prefetch);
+    EXPECT_EQ(fills[i].expert.layer, i < 2 ? 2 : 1);
+  }
+}
+
+TEST(Scheduler, prefetches_wait_when_only_demands_are_asked_for) {
+  Scheduler scheduler = make(2, 4, 8);
+  run(scheduler, 0, all_of(4));
+  EXPECT_FALSE(scheduler.next_fill(FillKind::demand));
+  EXPECT_TRUE(scheduler.next_fill(FillKind::prefetch));
+}
+
+TEST(Scheduler, only_a_need_of_a_whole_layer_reads_ahead) {
+  Scheduler scheduler = make(3, 4, 12);
+  run(scheduler, 0, {0, 1, 2});
+  EXPECT_FALSE(scheduler.next_fill());
+  run(scheduler, 0, all_of(4));
+  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}, {1, 1}, {1, 2}, {1, 3}}));
+  run(scheduler, 2, all_of(4));  // there is no layer 3
+  EXPECT_FALSE(scheduler.next_fill());
+}
+
+TEST(Scheduler, read_ahead_takes_no_leased_slot_and_none_that_was_read_ahead) {
+  Scheduler scheduler = make(2, 4, 5);
+  scheduler.need(0, all_of(4));
+  for (const Fill& fill : start(scheduler, FillKind::demand)) scheduler.filled(fill.slot);
+  EXPECT_EQ(take(scheduler).size(), 4u);
+  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}}));  // the spare slot
+  scheduler.computed(2);
+  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 1}}));
+  for (const std::uint16_t expert : Experts{0, 1, 3}) scheduler.computed(expert);
+  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
+  EXPECT_EQ(run(scheduler, 1, all_of(4)), 0u);
+  EXPECT_EQ(scheduler.stats()[1].hits, 4u);
+}
+
+TEST(Scheduler, read_ahead_keeps_what_the_next_layer_has_already) {
+  Scheduler scheduler = make(2, 4, 4);
+  run(scheduler, 1, {0, 1});
+  run(scheduler, 0, {0, 1});
+  run(scheduler, 0, {0, 1});  // layer 1 was used longest ago
+  scheduler.need(0, all_of(4));
+  EXPECT_EQ(take(scheduler), (Experts{0, 1}));
+  for (const std::uint16_t expert : Experts{0, 1}) scheduler.computed(expert);
+  for (int i = 0; i < 2; ++i) {
+    const auto fill = scheduler.next_fill(FillKind::demand);
+    ASSERT_TRUE(fill);
+    scheduler.filled(fill->slot);
+    for (const std::uint16_t expert : take(scheduler)) scheduler.computed(expert);
+  }
+  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
+  EXPECT_EQ(run(scheduler, 1, all_of(4)), 0u);
+  EXPECT_EQ(scheduler.stats()[1].hits, 4u);
+}
+
+TEST(Scheduler, a_demand_may_take_a_slot_that_was_read_ahead_when_there_is_no_other) {
+  Scheduler scheduler = make(3, 4, 4);
+  run(scheduler, 0, all_of(4));
+  EXPECT_EQ(land_prefetches(scheduler).size(), 4u);
+  scheduler.need(2, Experts{0});
+  const auto fill = scheduler.next_fill();
+  ASSERT_TRUE(fill);
+  EXPECT_EQ(fill->expert, (ExpertId{2, 0}));
+}
+
+TEST(Scheduler, what_was_read_ahead_loses_its_protection_with_the_iteration) {
+  Scheduler scheduler = make(3, 2, 3);
+  run(scheduler, 1, {0});
+  run(scheduler, 0, all_of(2));  // keeps the expert of layer 1, which is the oldest
+  const auto oldest_leaves = [&] {
+    scheduler.need(2, Experts{0});
+    const auto fill = scheduler.next_fill(FillKind::demand);
+    scheduler.abandon_need();
+    scheduler.failed(fill.value().slot);
+    return fill->slot == 0;
+  };
+  EXPECT_FALSE(oldest_leaves());
+  run(scheduler, 0, {0, 1});
+  scheduler.end_iteration();
+  EXPECT_FALSE(scheduler.next_fill());  // and what had not started is withdrawn
+  EXPECT_TRUE(oldest_leaves());
+}
+
+TEST(Scheduler, a_need_withdraws_the_predictions_of_its_layer_that_it_does_not_want) {
+  Scheduler scheduler = make(2, 4, 8);
+  run(scheduler, 0, all_of(4));
+  scheduler.need(1, Experts{2});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 1u);
+  EXPECT_EQ(fills[0].expert, (ExpertId{1, 2}));
+  EXPECT_EQ(fills[0].kind, FillKind::demand);
+}
+
+TEST(Scheduler, a_failed_fill_that_the_need_waits_for_is_told_and_leaves_the_slot_empty) {
+  Scheduler scheduler = make(1, 4, 1);
+  scheduler.need(0, Experts{0, 1});
+  const auto fill = scheduler.next_fill();
+  ASSERT_TRUE(fill);
+  EXPECT_TRUE(scheduler.failed(fill->slot));
+  scheduler.abandon_need();
+  EXPECT_FALSE(scheduler.next_fill());
+  EXPECT_EQ(total(scheduler).demand_bytes, 0u);
+  EXPECT_EQ(run(scheduler, 0, {0, 1}), 2u);  // it is read again
+}
+
+TEST(Scheduler, a_failed_prefetch_is_told_only_to_the_need_that_waits_for_it) {
+  Scheduler scheduler = make(2, 4, 8);
+  run(scheduler, 0, all_of(4));
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 4u);
+  EXPECT_FALSE(scheduler.failed(fills[0].slot));
+  scheduler.need(1, Experts{1});
+  EXPECT_FALSE(scheduler.failed(fills[3].slot));
+  EXPECT_TRUE(scheduler.failed(fills[1].slot));
+  scheduler.abandon_need();
+  EXPECT_FALSE(scheduler.failed(fills[2].slot));
+  EXPECT_EQ(run(scheduler, 1, all_of(4)), 4u);
+}
+
+TEST(Scheduler, an_abandoned_need_ends_its_leases_and_withdraws_its_demands) {
+  Scheduler scheduler = make(1, 8, 2);
+  scheduler.need(0, Experts{0, 1, 2, 3});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 2u);
+  scheduler.filled(fills[0].slot);
+  scheduler.abandon_need();
+  EXPECT_EQ(take(scheduler), Experts{});
+  scheduler.filled(fills[1].slot);  // lands for nobody
+  EXPECT_EQ(take(scheduler), Experts{});
+  EXPECT_FALSE(scheduler.next_fill());
+  EXPECT_EQ(scheduler.resident_count(), 2u);
+  EXPECT_EQ(run(scheduler, 0, {4, 5}), 2u);  // both slots may be evicted
+  EXPECT_EQ(total(scheduler).demand_bytes, 4 * blob_bytes);
+}
+
+TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
+  Scheduler scheduler = make(2, 4, 4);
+  run(scheduler, 0, all_of(4));
+  EXPECT_EQ(land_prefetches(scheduler).size(), 4u);
+  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 4 * blob_bytes);
+  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 0u);
+  run(scheduler, 1, {1, 3});
+  run(scheduler, 1, {1, 3});  // used once all the same
+  run(scheduler, 0, all_of(4));
+  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 4 * blob_bytes);
+  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 2 * blob_bytes);
+  EXPECT_EQ(scheduler.stats()[1].demand_bytes, 0u);
+  EXPECT_EQ(scheduler.stats()[0].demand_bytes, 8 * blob_bytes);
+}
+
+TEST(Scheduler, a_layer_that_does_not_exist_is_refused_unchanged) {
+  Scheduler scheduler = make(2, 4, 4);
+  EXPECT_THROW(scheduler.need(2, Experts{0}), std::out_of_range);
+  EXPECT_THROW(scheduler.predict(2, {}), std::out_of_range);
+  EXPECT_FALSE(scheduler.next_fill());
+  EXPECT_EQ(run(scheduler, 0, {0}), 1u);
+}
+
+/// Drives a Scheduler at random, the way the runtime does, and holds every answer against a plain
+/// model of what the slots and the running need must look like.
+class Walk {
+ public:
+  Walk(const SchedulerShape& shape, std::uint32_t seed)
+      : shape_{shape},
+        random_{seed},
+        scheduler_{shape, make_lru(shape.slot_count)},
+        slots_(shape.slot_count) {}
+
+  /// One random action. Fails the running test if an invariant is broken.
+  void step() {
+    if (!running_) {
+      switch (pick(8)) {
+        case 0: return end_iteration();
+        case 1: return land();
+        case 2: return start(FillKind::prefetch);
+        case 3: return scheduler_.predict(static_cast<std::uint16_t>(pick(shape_.layer_count)), {});
+        default: return need();
+      }
+    }
+    const auto chance = pick(100);
+    if (chance < 30) return start(pick(3) == 0 ? FillKind::demand : FillKind::prefetch);
+    if (chance < 60) return land();
+    if (chance < 90) return compute();
+    if (chance < 92) return end_iteration();
+    if (chance < 93) return abandon();
+    return take();
+  }
+
+  /// Ends the running need without failures. It must take a bounded number of actions.
+  void finish() {
+    may_fail_ = false;
+    for (int turns = 0; running_; ++turns) {
+      ASSERT_LT(turns, 1000) << "the need is stuck";
+      start(FillKind::demand);
+      land();
+      take();
+      compute();
+    }
+  }
+
+  void check() const {
+    const LayerStats sum = total(scheduler_);
+    ASSERT_EQ(sum.demand_bytes, moved_demand_);
+    ASSERT_EQ(sum.prefetch_bytes, moved_prefetch_);
+    ASSERT_EQ(sum.prefetch_used_bytes, used_prefetch_);
+    const std::uint64_t wasted = sum.prefetch_bytes - sum.prefetch_used_bytes;
+    ASSERT_EQ(sum.demand_bytes + sum.prefetch_used_bytes + wasted, landed_fills_ * blob_bytes);
+    ASSERT_EQ(sum.hits, hits_);
+    ASSERT_EQ(sum.late, late_);
+    ASSERT_EQ(sum.misses, misses_);
+    ASSERT_EQ(scheduler_.resident_count(), std::ranges::count_if(slots_, [](const ModelSlot& slot) {
+                return slot.expert && !slot.filling;
+              }));
+  }
+
+  [[nodiscard]] std::uint64_t needs_ended() const { return needs_ended_; }
+
+ private:
+  struct ModelSlot {
+    std::optional<ExpertId> expert;
+    bool filling = false;
+    FillKind kind = FillKind::demand;
+    bool leased = false;
+    bool unused = false;   // prefetched, and not used since
+    bool protect = false;  // from prefetches
+  };
+  enum class Want : std::uint8_t { waiting, landed, taken };
+
+  std::size_t pick(std::size_t count) { return random_() % count; }
+
+  std::optional<SlotIndex> find(ExpertId expert) const {
+    for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
+      if (slots_[slot].expert == expert) return slot;
+    }
+    return std::nullopt;
+  }
+
+  void need() {
+    // Mostly one layer after the other, as a forward pass goes.
+    layer_ = static_cast<std::uint16_t>(pick(10) == 0 ? pick(shape_.layer_count)
+                                                      : (layer_ + 1U) % shape_.layer_count);
+    Experts experts = all_of(shape_.expert_count);
+    if (pick(3) != 0) {
+      std::ranges::shuffle(experts, random_);
+      experts.resize(pick(experts.size()));
+    }
+    running_ = true;
+    broken_ = false;
+    wants_.clear();
+    fills_in_need_.clear();
+    std::erase_if(ahead_, [this](ExpertId id) { return id.layer == layer_; });
+    for (const std::uint16_t expert : experts) {
+      const auto slot = find({layer_, expert});
+      wants_[expert] = Want::waiting;
+      if (!slot) {
+        ++misses_;
+        demands_.insert({layer_, expert});
+      } else if (slots_[*slot].filling) {
+        ++late_;
+      } else {
+        ++hits_;
+        become_ready(*slot);
+      }
+    }
+    for (ModelSlot& slot : slots_) {
+      if (slot.expert && slot.expert->layer == layer_) slot.protect = false;
+    }
+    const auto next = static_cast<std::uint16_t>(layer_ + 1);
+    if (experts.size() == shape_.expert_count && next < shape_.layer_count) {
+      for (const std::uint16_t expert : all_of(shape_.expert_count)) {
+        if (const auto slot = find({next, expert})) {
+          slots_[*slot].protect = true;
+        } else {
+          ahead_.insert({next, expert});
+        }
+      }
+    }
+    scheduler_.need(layer_, experts);
+    end_if_done();
+  }
+
+  void become_ready(SlotIndex slot) {
+    ModelSlot& it = slots_[slot];
+    it.leased = true;
+    if (it.unused) used_prefetch_ += blob_bytes;
+    it.unused = it.protect = false;
+    wants_[it.expert->expert] = Want::landed;
+    expected_.push_back({it.expert->expert, slot});
+  }
+
+  void start(FillKind at_least) {
+    const auto fill = scheduler_.next_fill(at_least);
+    if (!fill) {
+      // Only for want of work, or of a slot that may be given up.
+      if (demands_.empty() && (at_least == FillKind::demand || ahead_.empty())) return;
+      for (const ModelSlot& slot : slots_) {
+        ASSERT_TRUE(slot.expert &&
+                    (slot.filling || slot.leased || (demands_.empty() && slot.protect)))
+            << "a fill could have started";
+      }
+      return;
+    }
+    ModelSlot& slot = slots_.at(fill->slot);
+    ASSERT_FALSE(slot.filling) << "a slot being filled was overwritten";
+    ASSERT_FALSE(slot.leased) << "a leased expert was evicted";
+    ASSERT_FALSE(find(fill->expert)) << "an expert has two slots";
+    if (fill->kind == FillKind::demand) {
+      ASSERT_EQ(demands_.erase(fill->expert), 1u) << "a fill that nobody demanded";
+      ASSERT_EQ(++fills_in_need_[fill->expert], 1) << "filled twice in one need";
+    } else {
+      ASSERT_TRUE(demands_.empty()) << "a prefetch went before a demand";
+      ASSERT_EQ(at_least, FillKind::prefetch);
+      ASSERT_EQ(ahead_.erase(fill->expert), 1u) << "a fill that nobody predicted";
+      ASSERT_FALSE(slot.expert && slot.protect) << "a prefetch evicted what is still to be used";
+    }
+    const bool prefetch = fill->kind == FillKind::prefetch;
+    slot = {fill->expert, true, fill->kind, false, prefetch, prefetch};
+    // A slot is given up only when none is empty.
+    in_flight_.push_back(fill->slot);
+  }
+
+  void land() {
+    if (in_flight_.empty()) return;
+    const auto place = in_flight_.begin() + static_cast<std::ptrdiff_t>(pick(in_flight_.size()));
+    const SlotIndex landed = *place;
+    in_flight_.erase(place);
+    ModelSlot& slot = slots_[landed];
+    const ExpertId expert = slot.expert.value();
+    const auto want = wants_.find(expert.expert);
+    const bool waited =
+        running_ && expert.layer == layer_ && want != wants_.end() && want->second == Want::waiting;
+    if (may_fail_ && pick(20) == 0) {
+      slot = {};
+      if (waited) wants_.erase(want);
+      broken_ |= waited;
+      ASSERT_EQ(scheduler_.failed(landed), waited);
+      return;
+    }
+    slot.filling = false;
+    ++landed_fills_;
+    (slot.kind == FillKind::demand ? moved_demand_ : moved_prefetch_) += blob_bytes;
+    if (waited) become_ready(landed);
+    scheduler_.filled(landed);
+  }
+
+  void take() {
+    std::vector<ReadyExpert> ready;
+    scheduler_.take_ready(ready);
+    ASSERT_EQ(ready.size(), expected_.size());
+    for (std::size_t i = 0; i < ready.size(); ++i) {
+      ASSERT_EQ(ready[i].expert, expected_[i].expert);
+      ASSERT_EQ(ready[i].slot, expected_[i].slot);
+      wants_.at(ready[i].expert) = Want::taken;
+    }
+    expected_.clear();
+  }
+
+  void compute() {
+    const auto taken =
+        std::ranges::find_if(wants_, [](const auto& want) { return want.second == Want::taken; });
+    if (taken != wants_.end()) {
+      slots_[find({layer_, taken->first}).value()].leased = false;
+      scheduler_.computed(taken->first);
+      wants_.erase(taken);
+    } else if (broken_) {
+      abandon();
+    }
+    end_if_done();
+  }
+
+  void end_if_done() {
+    if (!running_ || broken_ || !wants_.empty()) return;
+    running_ = false;
+    ++needs_ended_;
+  }
+
+  void abandon() {
+    scheduler_.abandon_need();
+    wants_.clear();
+    expected_.clear();
+    demands_.clear();
+    for (ModelSlot& slot : slots_) slot.leased = false;
+    running_ = broken_ = false;
+  }
+
+  void end_iteration() {
+    scheduler_.end_iteration();
+    ahead_.clear();
+    for (ModelSlot& slot : slots_) slot.protect = false;
+  }
+
+  SchedulerShape shape_;
+  std::mt19937 random_;
+  Scheduler scheduler_;
+  std::vector<ModelSlot> slots_;
+  std::vector<SlotIndex> in_flight_;
+  std::set<ExpertId> demands_;  // not started
+  std::set<ExpertId> ahead_;    // to be read ahead, not started
+  std::uint16_t layer_ = 0;
+  bool running_ = false;
+  bool broken_ = false;  // a fill that the need waited for has failed
+  bool may_fail_ = true;
+  std::map<std::uint16_t, Want> wants_;
+  std::map<ExpertId, int> fills_in_need_;
+  std::vector<ReadyExpert> expected_;
+  std::uint64_t hits_ = 0, late_ = 0, misses_ = 0, landed_fills_ = 0, needs_ended_ = 0;
+  std::uint64_t moved_demand_ = 0, moved_prefetch_ = 0, used_prefetch_ = 0;
+};
+
+TEST(Scheduler, keeps_its_invariants_on_random_walks) {
+  constexpr SchedulerShape shapes[] = {{3, 6, 1, blob_bytes},
+                                       {3, 6, 2, blob_bytes},
+                                       {4, 5, 7, blob_bytes},
+                                       {2, 8, 13, blob_bytes},
+                                       {3, 4, 12, blob_bytes}};
+  for (std::uint32_t seed = 1; seed <= 40; ++seed) {
+    const SchedulerShape& shape = shapes[seed % std::size(shapes)];
+    SCOPED_TRACE(::testing::Message() << "seed " << seed << ", " << shape.slot_count << " slots");
+    Walk walk{shape, seed};
+    for (int step = 0; step < 6000; ++step) {
+      walk.step();
+      walk.check();
+      if (::testing::Test::HasFatalFailure()) FAIL() << "at step " << step;
+    }
+    walk.finish();
+    walk.check();
+    EXPECT_GT(walk.needs_ended(), 10u);
+  }
+}
+
+TEST(Scheduler, allocates_nothing_after_construction) {
+  Scheduler scheduler = make(3, 8, 6);
+  std::vector<ReadyExpert> ready;
+  ready.reserve(8);
+  const Experts whole = all_of(8);
+  const Experts few{1, 5};
+  const std::size_t before = allocation_count();
+  for (int pass = 0; pass < 4; ++pass) {
+    for (std::uint16_t layer = 0; layer < 3; ++layer) {
+      const Experts& experts = pass % 2 == 0 ? whole : few;
+      scheduler.need(layer, experts);
+      for (std::size_t computed = 0; computed < experts.size();) {
+        if (const auto fill = scheduler.next_fill()) scheduler.filled(fill->slot);
+        ready.clear();
+        scheduler.take_ready(ready);
+        for (const ReadyExpert& each : ready) scheduler.computed(each.expert);
+        computed += ready.size();
+      }
+    }
+    scheduler.end_iteration();
+  }
+  EXPECT_EQ(allocation_count() - before, 0u);
+}
+
+}  // namespace
+}  // namespace spmoe
