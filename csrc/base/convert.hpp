@@ -46,6 +46,7 @@ namespace spmoe {
 
 /// Widens `count` elements at `from`, of type `dtype`, exactly.
 inline void widen(const void* from, DType dtype, std::size_t count, float* to) noexcept {
+  if (count == 0) return;  // and no address is needed
   if (dtype == DType::f32) {
     std::memcpy(to, from, count * sizeof(float));
     return;
@@ -58,6 +59,7 @@ inline void widen(const void* from, DType dtype, std::size_t count, float* to) n
 
 /// Narrows `count` floats to `dtype`, to nearest.
 inline void narrow(const float* from, std::size_t count, DType dtype, void* to) noexcept {
+  if (count == 0) return;  // and no address is needed
   if (dtype == DType::f32) {
     std::memcpy(to, from, count * sizeof(float));
     return;

@@ -13,6 +13,11 @@ struct LayerStats {
   std::uint64_t prefetch_bytes = 0;       ///< moved on a prediction, used or not
   std::uint64_t prefetch_used_bytes = 0;  ///< of these, used before they were evicted
   std::uint64_t predictions = 0;          ///< score vectors received
+  std::uint64_t predicted_needs = 0;      ///< experts needed by runs that were predicted
+  std::uint64_t recalled = 0;             ///< of these, among the top-k of a prediction
+  std::uint64_t recalled_2k = 0;          ///< of these, among the top-2k
+  std::uint64_t critical = 0;             ///< experts among the top-k of those predictions
+  std::uint64_t cancelled = 0;            ///< prefetches withdrawn before they started
   double stall_s = 0;                     ///< compute waited for the link
   double compute_s = 0;                   ///< compute ran
 
@@ -24,6 +29,11 @@ struct LayerStats {
     prefetch_bytes += other.prefetch_bytes;
     prefetch_used_bytes += other.prefetch_used_bytes;
     predictions += other.predictions;
+    predicted_needs += other.predicted_needs;
+    recalled += other.recalled;
+    recalled_2k += other.recalled_2k;
+    critical += other.critical;
+    cancelled += other.cancelled;
     stall_s += other.stall_s;
     compute_s += other.compute_s;
     return *this;

@@ -52,8 +52,10 @@ py::dict to_dict(const LayerStats& stats) {
                   "demand_bytes"_a = stats.demand_bytes,
                   "prefetch_used_bytes"_a = stats.prefetch_used_bytes,
                   "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
-                  "predictions"_a = stats.predictions, "stall_s"_a = stats.stall_s,
-                  "compute_s"_a = stats.compute_s);
+                  "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,
+                  "predicted_needs"_a = stats.predicted_needs, "recalled"_a = stats.recalled,
+                  "recalled_2k"_a = stats.recalled_2k, "critical"_a = stats.critical,
+                  "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
 }
 
 py::dict to_dict(const RuntimeStats& stats) {
@@ -65,12 +67,38 @@ py::dict to_dict(const RuntimeStats& stats) {
     layers.append(to_dict(layer));
   }
   py::dict result = to_dict(total);
-  result.attr("update")(py::dict("link_bytes"_a = stats.link.bytes,
-                                 "link_busy_s"_a = stats.link.busy_s, "slots"_a = stats.slot_count,
-                                 "resident"_a = stats.resident_count,
-                                 "iterations"_a = stats.iterations, "accepted"_a = stats.accepted,
-                                 "isa"_a = stats.isa, "layers"_a = layers));
+  result.attr("update")(py::dict(
+      "link_bytes"_a = stats.link.bytes, "link_busy_s"_a = stats.link.busy_s,
+      "slots"_a = stats.slot_count, "resident"_a = stats.resident_count,
+      "iterations"_a = stats.iterations, "accepted"_a = stats.accepted, "isa"_a = stats.isa,
+      "policy"_a = stats.policy, "eviction"_a = stats.eviction, "queue_depth"_a = stats.queue_depth,
+      "prefetch_before_demand"_a = stats.link.prefetch_before_demand, "layers"_a = layers));
   return result;
+}
+
+using Routing = std::vector<std::pair<std::uint16_t, std::vector<std::uint16_t>>>;
+
+Routing to_list(RoutingTrace trace) {
+  trace.rewind();
+  Routing routing;
+  routing.reserve(trace.remaining());
+  for (std::size_t i = 0; i < trace.remaining(); ++i) {
+    const auto [layer, experts] = trace.upcoming(i);
+    routing.emplace_back(layer, std::vector<std::uint16_t>{experts.begin(), experts.end()});
+  }
+  return routing;
+}
+
+PredictionSource parse_source(std::string_view name) {
+  static constexpr std::array table{
+      std::pair{std::string_view{"draft"}, PredictionSource::draft},
+      std::pair{std::string_view{"target"}, PredictionSource::target}};
+  return look_up(table, "source", name);
+}
+
+std::string_view name_of(Lane lane) {
+  static constexpr std::array<std::string_view, 4> names{"compute", "wait", "demand", "prefetch"};
+  return names[static_cast<std::size_t>(lane)];
 }
 
 template <class T>
@@ -81,18 +109,23 @@ T* pointer(std::uintptr_t address) {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
+  m.def("prefetch_policy_names", &prefetch_policy_names);
+  m.def("eviction_policy_names", &eviction_policy_names);
   py::class_<Runtime>(m, "Runtime",
                       "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
       .def(py::init([](std::shared_ptr<ExpertStore> store, std::uint64_t expert_memory_bytes,
                        std::uint32_t experts_per_token, std::string_view activation, float alpha,
                        float limit, unsigned compute_threads, unsigned copy_threads,
-                       double link_gbps, std::string isa) {
+                       double link_gbps, std::string isa, std::string policy, std::string eviction,
+                       std::size_t trace_spans) {
              RuntimeOptions options;
              options.expert_memory_bytes = expert_memory_bytes;
              options.experts_per_token = experts_per_token;
              options.activation = {parse_activation(activation), alpha, limit};
              options.compute_threads = compute_threads;
              options.isa = std::move(isa);
+             options.policies = {std::move(policy), std::move(eviction)};
+             options.trace_spans = trace_spans;
              options.device.copy_threads = copy_threads;
              options.device.link_gbps = link_gbps;
              py::gil_scoped_release unlocked;
@@ -101,7 +134,8 @@ void bind_runtime(py::module_& m) {
            py::arg("store"), py::arg("expert_memory_bytes"), py::arg("experts_per_token"),
            py::arg("activation") = "silu", py::arg("alpha") = 1.702F, py::arg("limit") = 7.0F,
            py::arg("compute_threads") = 0U, py::arg("copy_threads") = 2U,
-           py::arg("link_gbps") = 0.0, py::arg("isa") = "auto")
+           py::arg("link_gbps") = 0.0, py::arg("isa") = "auto", py::arg("policy") = "on-demand",
+           py::arg("eviction") = "auto", py::arg("trace_spans") = 0U)
       .def(
           "forward",
           [](Runtime& runtime, std::uint16_t layer, std::uint32_t tokens, std::uint32_t k,
@@ -123,12 +157,59 @@ void bind_runtime(py::module_& m) {
           py::arg("out"), "One MoE layer over contiguous tensors, given by their addresses.")
       .def(
           "predict",
-          [](Runtime& runtime, std::uint16_t layer, const Scores& scores) {
+          [](Runtime& runtime, std::uint16_t layer, const Scores& scores, std::string_view source) {
             const std::span values{scores.data(), static_cast<std::size_t>(scores.size())};
+            const PredictionSource from = parse_source(source);
             py::gil_scoped_release unlocked;
-            runtime.predict(layer, values);
+            runtime.predict(layer, values, from);
           },
-          py::arg("layer"), py::arg("scores"), "Scores of the target's router, float32 [experts].")
+          py::arg("layer"), py::arg("scores"), py::arg("source") = "draft",
+          "Scores of the target's router, float32 [experts].")
+      .def("begin_request", &Runtime::begin_request, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "set_limits",
+          [](Runtime& runtime, std::uint16_t cutoff_layer, std::vector<std::uint64_t> budget_bytes,
+             float break_even) {
+            py::gil_scoped_release unlocked;
+            runtime.set_limits({cutoff_layer, std::move(budget_bytes), break_even});
+          },
+          py::arg("cutoff_layer"), py::arg("budget_bytes"), py::arg("break_even"))
+      .def("record_routing", &Runtime::record_routing, py::arg("on"))
+      .def("recorded_routing",
+           [](const Runtime& runtime) { return to_list(runtime.recorded_routing()); })
+      .def(
+          "replay_routing",
+          [](Runtime& runtime, const Routing& routing, std::uint16_t layer_count,
+             std::uint16_t expert_count) {
+            RoutingTrace trace{layer_count, expert_count};
+            for (const auto& [layer, experts] : routing) trace.append(layer, experts);
+            runtime.replay_routing(std::move(trace));
+          },
+          py::arg("routing"), py::arg("layer_count"), py::arg("expert_count"))
+      .def(
+          "spans",
+          [](const Runtime& runtime) {
+            py::list spans;
+            for (const Span& span : runtime.spans()) {
+              const bool whole = span.id.expert == Span::whole_layer;
+              spans.append(py::make_tuple(
+                  name_of(span.lane), span.id.layer,
+                  whole ? py::object{py::none()} : py::object{py::int_(span.id.expert)},
+                  span.start_s, span.end_s, span.queue_depth));
+            }
+            return spans;
+          },
+          "The latest spans: (lane, layer, expert or None, start_s, end_s, queue_depth).")
+      .def(
+          "calibration",
+          [](const Runtime& runtime) {
+            py::list buckets;
+            for (const UseForecast::Bucket& bucket : runtime.calibration()) {
+              buckets.append(py::make_tuple(bucket.score_from, bucket.predictions, bucket.used));
+            }
+            return buckets;
+          },
+          "Per bucket of scores: (score_from, weight of predictions, of these used).")
       .def("end_iteration", &Runtime::end_iteration, py::arg("accepted"),
            py::call_guard<py::gil_scoped_release>())
       .def(

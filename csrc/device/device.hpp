@@ -38,6 +38,8 @@ class Stream {
 struct LinkStats {
   std::uint64_t bytes = 0;  ///< moved by copies that succeeded
   double busy_s = 0;        ///< time in which at least one copy was under way
+  /// The most bytes of prefetches that a demand ever had to let pass before it.
+  std::uint64_t prefetch_before_demand = 0;
 };
 
 /// Memory and streams of one processor. Thread-safe. Everything it creates must be destroyed

@@ -71,6 +71,8 @@ struct Piece {
   CopyOp op;
   BatchLog* log = nullptr;
   Fence fence = 0;
+  StreamPriority priority = StreamPriority::demand;
+  std::uint64_t prefetched = 0;  // bytes of prefetches that had ended when it was submitted
 };
 
 /// The copy threads and their two queues. Demand pieces are always taken first.
@@ -96,12 +98,19 @@ class CopyPool {
     const std::lock_guard lock{mutex_};
     const Fence fence = log.first_open + log.open.size();
     std::uint32_t pieces = 0;
+    // All threads may be at a prefetch when a demand comes: together they hold it up by one piece.
+    const std::uint64_t piece_bytes =
+        priority == StreamPriority::demand
+            ? piece_bytes_
+            : std::max<std::uint64_t>(piece_bytes_ / threads_.size(), 1);
+    const std::uint64_t prefetched = prefetch_started_ - prefetch_active_;
     for (const CopyOp& op : ops) {
-      for (std::uint64_t start = 0; start < op.src.bytes; start += piece_bytes_) {
+      for (std::uint64_t start = 0; start < op.src.bytes; start += piece_bytes) {
         CopyOp piece{op.dst + start, op.src};
         piece.src.offset += start;
-        piece.src.bytes = std::min(piece_bytes_, op.src.bytes - start);
-        queues_[static_cast<std::size_t>(priority)].push({piece, &log, fence});
+        piece.src.bytes = std::min(piece_bytes, op.src.bytes - start);
+        queues_[static_cast<std::size_t>(priority)].push(
+            {piece, &log, fence, priority, prefetched});
         ++pieces;
       }
     }
@@ -159,6 +168,7 @@ class CopyPool {
       if (queue == nullptr) return;  // stopping, and everything submitted has been served
       const Piece piece = queue->pop();
       if (active_++ == 0) busy_from_ = Clock::now();
+      begin(piece);
       const auto ticket = pacer_.admit(piece.op.src.bytes);
       lock.unlock();
       std::string error = ticket.fail ? "read error injected by a test" : copy_piece(piece.op);
@@ -169,7 +179,18 @@ class CopyPool {
     }
   }
 
+  void begin(const Piece& piece) {
+    if (piece.priority == StreamPriority::prefetch) {
+      prefetch_started_ += piece.op.src.bytes;
+      prefetch_active_ += piece.op.src.bytes;
+    } else {
+      stats_.prefetch_before_demand =
+          std::max(stats_.prefetch_before_demand, prefetch_started_ - piece.prefetched);
+    }
+  }
+
   void finish(const Piece& piece, std::string error) {
+    if (piece.priority == StreamPriority::prefetch) prefetch_active_ -= piece.op.src.bytes;
     auto& batch = piece.log->at(piece.fence);
     if (error.empty()) {
       stats_.bytes += piece.op.src.bytes;
@@ -189,6 +210,8 @@ class CopyPool {
   std::array<Ring<Piece>, 2> queues_;  // by StreamPriority
   LinkPacer pacer_;
   LinkStats stats_;
+  std::uint64_t prefetch_started_ = 0;  // bytes
+  std::uint64_t prefetch_active_ = 0;   // of these, under way
   Clock::time_point busy_from_;
   unsigned active_ = 0;
   bool stopping_ = false;

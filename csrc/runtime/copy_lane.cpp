@@ -1,8 +1,10 @@
 #include "runtime/copy_lane.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/error.hpp"
+#include "base/trace.hpp"
 
 namespace spmoe {
 
@@ -23,7 +25,7 @@ CopyLane::~CopyLane() {
 void CopyLane::submit(const Fill& fill, std::span<const CopyOp> ops) {
   {
     const std::lock_guard lock{mutex_};
-    Pending pending{fill, 0, {}};
+    Pending pending{fill, 0, {}, now_s()};
     try {
       pending.fence = stream_->copy_batch(ops);
     } catch (const DeviceError& rejected) {
@@ -40,6 +42,7 @@ std::size_t CopyLane::in_flight() const {
 }
 
 void CopyLane::work() {
+  double last_end_s = 0;
   std::unique_lock lock{mutex_};
   while (true) {
     submitted_.wait(lock, [this] { return stopping_ || !pending_.empty(); });
@@ -54,7 +57,9 @@ void CopyLane::work() {
     lock.lock();
     pending_.pop();
     lock.unlock();
-    on_landed_(oldest.fill, oldest.error);
+    const double start_s = std::max(oldest.submitted_s, last_end_s);
+    last_end_s = now_s();
+    on_landed_({oldest.fill, oldest.error, start_s, last_end_s});
     lock.lock();
   }
 }

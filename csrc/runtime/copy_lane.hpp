@@ -18,9 +18,15 @@ namespace spmoe {
 /// A copy stream and the worker that waits for its fences, in order. Thread-safe.
 class CopyLane {
  public:
-  /// Told of the end of each fill, on the worker, with no lock of the lane held. `error` is empty
-  /// if every byte arrived.
-  using OnLanded = std::function<void(const Fill& fill, const std::string& error)>;
+  /// A fill that has ended; `error` is empty if every byte arrived.
+  struct Landed {
+    Fill fill;
+    std::string error;
+    double start_s;  ///< of `now_s`, when the lane turned to it
+    double end_s;
+  };
+  /// Told of the end of each fill, on the worker, with no lock of the lane held.
+  using OnLanded = std::function<void(const Landed& landed)>;
 
   CopyLane(Device& device, StreamPriority priority, OnLanded on_landed);
   CopyLane(const CopyLane&) = delete;
@@ -39,6 +45,7 @@ class CopyLane {
     Fill fill{};
     Fence fence = 0;    // 0 if the device rejected the copies
     std::string error;  // why it did
+    double submitted_s = 0;
   };
   void work();
 

@@ -9,6 +9,7 @@ namespace spmoe {
 
 RoutedRows::RoutedRows(std::uint16_t expert_count) : begin_(expert_count + 1U, 0) {
   experts_.reserve(expert_count);
+  counts_.reserve(expert_count);
 }
 
 void RoutedRows::assign(std::span<const std::int64_t> top_k_index, std::uint32_t k) {
@@ -24,9 +25,13 @@ void RoutedRows::assign(std::span<const std::int64_t> top_k_index, std::uint32_t
     ++begin_[static_cast<std::size_t>(expert)];
   }
   experts_.clear();
+  counts_.clear();
   std::uint32_t end = 0;
   for (std::size_t expert = 0; expert < expert_count; ++expert) {
-    if (begin_[expert] > 0) experts_.push_back(static_cast<std::uint16_t>(expert));
+    if (begin_[expert] > 0) {
+      experts_.push_back(static_cast<std::uint16_t>(expert));
+      counts_.push_back(begin_[expert]);
+    }
     end += begin_[expert];
     begin_[expert] = end;
   }

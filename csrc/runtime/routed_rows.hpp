@@ -21,6 +21,9 @@ class RoutedRows {
   /// Experts with at least one row, ascending.
   [[nodiscard]] std::span<const std::uint16_t> experts() const noexcept { return experts_; }
 
+  /// How many rows each of `experts` has.
+  [[nodiscard]] std::span<const std::uint32_t> counts() const noexcept { return counts_; }
+
   /// The rows of `expert` as a task over `blob`.
   [[nodiscard]] ExpertTask task(std::uint16_t expert, const std::byte* blob) const;
 
@@ -29,6 +32,7 @@ class RoutedRows {
   std::vector<std::uint32_t> token_rows_;
   std::vector<std::uint32_t> out_rows_;
   std::vector<std::uint16_t> experts_;
+  std::vector<std::uint32_t> counts_;  // by place in `experts_`
 };
 
 }  // namespace spmoe

@@ -1,7 +1,6 @@
 #include "runtime/runtime.hpp"
 
 #include <algorithm>
-#include <chrono>
 
 #include "base/bytes.hpp"
 #include "base/convert.hpp"
@@ -44,20 +43,6 @@ SlotIndex slots_in(const ExpertStore& store, const RuntimeOptions& options, std:
   return static_cast<SlotIndex>(std::min(slots, all));
 }
 
-/// Adds the time from its construction to its end to `total_s`.
-class Stopwatch {
- public:
-  explicit Stopwatch(double& total_s) : total_s_{total_s} {}
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-  ~Stopwatch() { total_s_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  double& total_s_;
-  Clock::time_point start_ = Clock::now();
-};
-
 void resize_for_call(std::vector<float>& floats, std::size_t count) {
   if (floats.capacity() > std::max(count, kept_floats)) std::vector<float>{}.swap(floats);
   floats.resize(count);
@@ -74,15 +59,15 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
                                 options.isa)},
       rows_{store_->expert_count()},
       scheduler_{
-          {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes()},
-          make_lru(slot_count_)},
+          {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes(),
+           static_cast<std::uint16_t>(std::max(options.experts_per_token, 1U))},
+          options.policies},
       timings_(store_->layer_count()),
+      trace_{options.trace_spans},
       pool_{std::make_unique<Buffer>(*device_, slot_count_ * slot_stride_)} {
   tasks_.reserve(store_->expert_count());
   ready_.reserve(store_->expert_count());
-  const auto landed = [this](const Fill& fill, const std::string& error) {
-    on_landed(fill, error);
-  };
+  const auto landed = [this](const CopyLane::Landed& it) { on_landed(it); };
   demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, landed);
   prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, landed);
 }
@@ -130,7 +115,7 @@ void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
   std::unique_lock lock{mutex_};
   failure_.clear();
   try {
-    run_needed(lock, layer);
+    run_needed(lock, layer, args.tokens);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     scheduler_.abandon_need();
@@ -140,25 +125,27 @@ void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
   combine(args);
 }
 
-void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer) {
-  scheduler_.need(layer, rows_.experts());
+void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
+                         std::uint32_t tokens) {
+  scheduler_.need(layer, rows_.experts(), rows_.counts(), tokens);
   start_fills();
   for (std::size_t computed = 0; computed < rows_.experts().size();) {
     ready_.clear();
     scheduler_.take_ready(ready_);
     if (!ready_.empty()) {
       computed += ready_.size();
-      compute_ready(lock, timings_[layer]);
+      compute_ready(lock, layer);
     } else if (!failure_.empty()) {
       throw DeviceError{failure_};
     } else {
-      const Stopwatch stall{timings_[layer].stall_s};
+      const double start_s = now_s();
       landed_.wait(lock);
+      finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
     }
   }
 }
 
-void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, LayerStats& timing) {
+void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer) {
   for (std::size_t first = 0, last = 0; first < ready_.size(); first = last) {
     tasks_.clear();
     std::size_t rows = 0;
@@ -167,16 +154,23 @@ void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, LayerStats& timi
       rows += tasks_.back().out_rows.size();
     }
     lock.unlock();
-    double compute_s = 0;
-    {
-      const Stopwatch compute{compute_s};
-      ffn_->run(tasks_, x_.data(), expert_out_.data());
-    }
+    const double start_s = now_s();
+    ffn_->run(tasks_, x_.data(), expert_out_.data());
     lock.lock();
-    timing.compute_s += compute_s;
+    finish_span(Lane::compute, layer, start_s, timings_[layer].compute_s);
     for (std::size_t i = first; i < last; ++i) scheduler_.computed(ready_[i].expert);
     start_fills();
   }
+}
+
+void Runtime::finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s) {
+  const double end_s = now_s();
+  total_s += end_s - start_s;
+  trace_.push({lane,
+               {layer, Span::whole_layer},
+               start_s,
+               end_s,
+               static_cast<std::uint32_t>(scheduler_.queue_depth())});
 }
 
 void Runtime::combine(const ForwardArgs& args) {
@@ -211,26 +205,73 @@ void Runtime::start_fills() {
   }
 }
 
-void Runtime::on_landed(const Fill& fill, const std::string& error) {
+void Runtime::on_landed(const CopyLane::Landed& landed) {
   const std::lock_guard lock{mutex_};
-  if (error.empty()) {
+  const Fill& fill = landed.fill;
+  if (landed.error.empty()) {
     scheduler_.filled(fill.slot);
   } else if (scheduler_.failed(fill.slot)) {
-    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + error +
+    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + landed.error +
                "; the request fails, the next one reads it again";
   }
   start_fills();
+  trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,
+               landed.start_s, landed.end_s, static_cast<std::uint32_t>(scheduler_.queue_depth())});
   landed_.notify_one();
 }
 
-void Runtime::predict(std::uint16_t layer, std::span<const float> scores) {
+void Runtime::begin_request() {
+  const std::lock_guard lock{mutex_};
+  require_open(0);
+  scheduler_.begin_request();
+}
+
+void Runtime::predict(std::uint16_t layer, std::span<const float> scores, PredictionSource source) {
   const std::lock_guard lock{mutex_};
   require_open(layer);
   if (scores.size() != store_->expert_count()) {
     throw InvalidArgument{std::to_string(scores.size()) + " scores given, but a layer has " +
                           std::to_string(store_->expert_count()) + " experts"};
   }
-  scheduler_.predict(layer, scores);
+  scheduler_.predict(layer, scores, source);
+  start_fills();
+}
+
+void Runtime::set_limits(const PrefetchLimits& limits) {
+  const std::lock_guard lock{mutex_};
+  require_open(0);
+  if (!limits.budget_bytes.empty() && limits.budget_bytes.size() != store_->layer_count()) {
+    throw InvalidArgument{"budgets for " + std::to_string(limits.budget_bytes.size()) +
+                          " layers given, but the store has " +
+                          std::to_string(store_->layer_count())};
+  }
+  scheduler_.limits() = limits;
+}
+
+void Runtime::record_routing(bool on) {
+  const std::lock_guard lock{mutex_};
+  scheduler_.record(on);
+}
+
+RoutingTrace Runtime::recorded_routing() const {
+  const std::lock_guard lock{mutex_};
+  return scheduler_.recorded();
+}
+
+void Runtime::replay_routing(RoutingTrace trace) {
+  const std::lock_guard lock{mutex_};
+  scheduler_.replay(std::move(trace));
+}
+
+std::vector<Span> Runtime::spans() const {
+  const std::lock_guard lock{mutex_};
+  return trace_.spans();
+}
+
+std::vector<UseForecast::Bucket> Runtime::calibration() const {
+  const std::lock_guard lock{mutex_};
+  const auto buckets = scheduler_.forecast().calibration();
+  return {buckets.begin(), buckets.end()};
 }
 
 void Runtime::end_iteration(std::uint32_t accepted) {
@@ -260,6 +301,9 @@ RuntimeStats Runtime::stats() const {
   stats.iterations = iterations_;
   stats.accepted = accepted_;
   stats.isa = ffn_->name();
+  stats.policy = scheduler_.prefetch_name();
+  stats.eviction = scheduler_.eviction_name();
+  stats.queue_depth = scheduler_.queue_depth();
   return stats;
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/stats.hpp"
+#include "base/trace.hpp"
 #include "compute/expert_ffn.hpp"
 #include "device/buffer.hpp"
 #include "device/host_device.hpp"
@@ -29,6 +30,8 @@ struct RuntimeOptions {
   unsigned compute_threads = 0;  ///< 0: one a core
   std::string isa = "auto";      ///< of the kernels; see make_host_expert_ffn
   HostDeviceOptions device;
+  PolicyNames policies;
+  std::size_t trace_spans = 0;  ///< the latest spans of time to keep; 0: none
 };
 
 /// The arguments of one MoE layer, contiguous, owned by the caller.
@@ -51,6 +54,9 @@ struct RuntimeStats {
   std::uint64_t iterations = 0;
   std::uint64_t accepted = 0;  ///< draft tokens, over all iterations
   std::string_view isa;        ///< kernels in use
+  std::string_view policy;     ///< of prefetching
+  std::string_view eviction;
+  std::size_t queue_depth = 0;  ///< fills that wait for the link
 };
 
 /// Runs the routed experts of a model whose blobs rest in a store, in a fixed pool of slots.
@@ -73,8 +79,30 @@ class Runtime {
   ///         not be read, naming expert and file. The runtime stays usable after either.
   void forward(std::uint16_t layer, const ForwardArgs& args);
 
-  /// Scores of the target's router for `layer` [expert_count], from anywhere.
-  void predict(std::uint16_t layer, std::span<const float> scores);
+  /// A request begins; see `Scheduler::begin_request`.
+  void begin_request();
+
+  /// Scores of the target's router for `layer` [expert_count], from anywhere; see
+  /// `UseForecast::predict`. Starts prefetches, waits for nothing.
+  void predict(std::uint16_t layer, std::span<const float> scores,
+               PredictionSource source = PredictionSource::draft);
+
+  /// What the measured costs of the machine allow from now on.
+  /// @throws InvalidArgument if there is neither no budget nor one for each layer.
+  void set_limits(const PrefetchLimits& limits);
+
+  /// Records every need from now on, or none. Starting forgets the record before.
+  void record_routing(bool on);
+  [[nodiscard]] RoutingTrace recorded_routing() const;
+
+  /// Tells `oracle` and `belady` what is to come.
+  void replay_routing(RoutingTrace trace);
+
+  /// The latest spans of time, oldest first.
+  [[nodiscard]] std::vector<Span> spans() const;
+
+  /// How often predictions of about the same score came true.
+  [[nodiscard]] std::vector<UseForecast::Bucket> calibration() const;
 
   /// An iteration ended with `accepted` draft tokens.
   void end_iteration(std::uint32_t accepted);
@@ -89,11 +117,12 @@ class Runtime {
 
  private:
   void require_open(std::uint16_t layer) const;
-  void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer);
-  void compute_ready(std::unique_lock<std::mutex>& lock, LayerStats& timing);
+  void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, std::uint32_t tokens);
+  void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer);
+  void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
   void combine(const ForwardArgs& args);
   void start_fills();
-  void on_landed(const Fill& fill, const std::string& error);
+  void on_landed(const CopyLane::Landed& landed);
   [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
 
   const std::shared_ptr<const ExpertStore> store_;
@@ -112,7 +141,8 @@ class Runtime {
   std::condition_variable landed_;
   Scheduler scheduler_;
   std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
-  std::string failure_;              // why the running forward cannot go on
+  TraceRing trace_;
+  std::string failure_;  // why the running forward cannot go on
   std::uint64_t iterations_ = 0;
   std::uint64_t accepted_ = 0;
   std::vector<CopyOp> ops_;

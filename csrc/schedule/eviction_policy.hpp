@@ -9,6 +9,10 @@
 
 namespace spmoe {
 
+class ActivationHistory;
+class RoutingTrace;
+class UseForecast;
+
 /// A slot the cache is willing to give up: resident, not leased, no copy in flight.
 struct Candidate {
   SlotIndex slot;
@@ -30,6 +34,9 @@ class EvictionPolicy {
   /// The target's router selected the expert in `slot`.
   virtual void on_use(SlotIndex slot) = 0;
 
+  /// A pass of the target over its layers is over.
+  virtual void on_end_iteration() {}
+
   /// Returns an element of `candidates` (never empty), considering that `current_layer` is about
   /// to run. Equal candidates resolve to the lowest slot, so that runs are repeatable.
   [[nodiscard]] virtual SlotIndex victim(std::span<const Candidate> candidates,
@@ -38,5 +45,32 @@ class EvictionPolicy {
 
 /// Evicts the expert whose last use or fill is longest ago.
 std::unique_ptr<EvictionPolicy> make_lru(SlotIndex slot_count);
+
+/// Evicts the expert used least often since it was filled, the longest unused of equals.
+std::unique_ptr<EvictionPolicy> make_lfu(SlotIndex slot_count);
+
+/// Evicts the expert whose layer runs again latest, oldest use first within a layer.
+/// A forward pass visits layers in order, so the layer just finished is needed last: Belady's
+/// rule with the layer order standing in for the future.
+std::unique_ptr<EvictionPolicy> make_next_use(SlotIndex slot_count, std::uint16_t layer_count);
+
+/// Evicts what this pass has not touched before what it has: first, in order of layers, experts of
+/// layers that this pass has left behind, then of layers to come, then what it touched, oldest
+/// first. Source: SpecMD, arXiv:2602.03921 ("Least-Stale").
+std::unique_ptr<EvictionPolicy> make_least_stale(SlotIndex slot_count, std::uint16_t layer_count);
+
+/// Evicts the expert least likely to be used when its layer next runs, by draft predictions where
+/// there are some and by frequency elsewhere. An expert used once is thus on probation: it has no
+/// frequency to stay by, and leaves before those that come back. Of equals, the layer that runs
+/// again latest goes first. `forecast` must outlive the policy.
+std::unique_ptr<EvictionPolicy> make_predicted_use(const UseForecast& forecast,
+                                                   std::uint16_t layer_count);
+
+/// Evicts the expert with the lowest share of the nearest past request's activations, early layers
+/// kept longer. Source: MoE-Infinity, arXiv:2401.14361, section 5. `history` must outlive it.
+std::unique_ptr<EvictionPolicy> make_activation_reuse(const ActivationHistory& history);
+
+/// Belady: evicts the expert whose next use in `trace`, which must outlive it, is furthest away.
+std::unique_ptr<EvictionPolicy> make_belady(const RoutingTrace& trace);
 
 }  // namespace spmoe

@@ -4,25 +4,65 @@
 #include <utility>
 
 namespace spmoe {
+namespace {
 
-Scheduler::Scheduler(const SchedulerShape& shape, std::unique_ptr<EvictionPolicy> eviction)
+// Prefetches that are looked at for one that may start; those behind are worth no more.
+constexpr std::size_t start_attempts = 16;
+
+// A pass of more tokens is a prompt, which needs nearly every expert.
+constexpr std::uint32_t verified_tokens = 32;
+
+constexpr std::size_t none = static_cast<std::size_t>(-1);
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
     : shape_{shape},
       slots_{shape.slot_count, shape.layer_count, shape.expert_count},
-      eviction_{std::move(eviction)},
+      forecast_{shape},
+      history_{shape},
+      trace_{shape.layer_count, shape.expert_count},
+      recorded_{shape.layer_count, shape.expert_count},
+      eviction_{make_eviction_policy(names, {shape_, slots_, forecast_, history_, trace_})},
+      prefetch_{
+          make_prefetch_policy(names, {shape_, slots_, forecast_, history_, trace_}, limits_)},
       queue_{std::size_t{shape.layer_count} * shape.expert_count},
       fills_(shape.slot_count),
       wants_(shape.expert_count, Want::none),
+      critical_(std::size_t{shape.layer_count} * shape.expert_count, 0),
+      one_row_(shape.expert_count, 1),
       stats_(shape.layer_count) {
   landed_.reserve(shape.expert_count);
   candidates_.reserve(shape.slot_count);
+  ranked_.reserve(shape.expert_count);
 }
 
-void Scheduler::predict(std::uint16_t layer, std::span<const float>) {
-  ++stats_.at(layer).predictions;
-}
+void Scheduler::begin_request() { history_.begin_request(); }
 
-void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts) {
+void Scheduler::predict(std::uint16_t layer, std::span<const float> scores,
+                        PredictionSource source) {
   LayerStats& stats = stats_.at(layer);
+  ++stats.predictions;
+  if (forecast_.ran(layer)) return;
+  forecast_.predict(layer, scores);
+  const std::size_t k = shape_.experts_per_token;
+  const auto selected =
+      static_cast<std::size_t>(std::ranges::count_if(scores, [](float s) { return s > 1; }));
+  const std::size_t top = std::max(k, selected);
+  ranked_.clear();
+  append_critical(scores, top + k, ranked_);
+  for (std::size_t rank = 0; rank < ranked_.size(); ++rank) {
+    std::uint8_t& critical = critical_[std::size_t{layer} * shape_.expert_count + ranked_[rank]];
+    if (rank < top) critical = 1;
+    if (critical == 0) critical = 2;
+  }
+  prefetch_->on_prediction({layer, source, scores}, queue_);
+}
+
+void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts,
+                     std::span<const std::uint32_t> rows, std::uint32_t tokens) {
+  LayerStats& stats = stats_.at(layer);
+  if (rows.empty()) rows = std::span{one_row_}.first(experts.size());
   layer_ = layer;
   for (const std::uint16_t expert : experts) {
     const ExpertId id{layer, expert};
@@ -39,11 +79,33 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
     }
   }
   forget_predictions(layer);
-  if (experts.size() == shape_.expert_count) read_ahead(static_cast<std::uint16_t>(layer + 1));
+  count_recall(layer, experts);
+  forecast_.observe(layer, experts, rows, tokens);
+  history_.observe(layer, experts, rows);
+  trace_.advance(layer, experts);
+  if (recording_) recorded_.append(layer, experts);
+  prefetch_->on_need(layer, experts, queue_);
+  if (experts.size() == shape_.expert_count || tokens > verified_tokens)
+    read_ahead(static_cast<std::uint16_t>(layer + 1));
+}
+
+void Scheduler::count_recall(std::uint16_t layer, std::span<const std::uint16_t> experts) {
+  if (!forecast_.predicted(layer)) return;
+  LayerStats& stats = stats_[layer];
+  std::uint8_t* critical = critical_.data() + std::size_t{layer} * shape_.expert_count;
+  stats.predicted_needs += experts.size();
+  for (const std::uint16_t expert : experts) {
+    stats.recalled += critical[expert] == 1 ? 1 : 0;
+    stats.recalled_2k += critical[expert] != 0 ? 1 : 0;
+  }
+  for (std::uint16_t expert = 0; expert < shape_.expert_count; ++expert) {
+    stats.critical += critical[expert] == 1 ? 1 : 0;
+    critical[expert] = 0;
+  }
 }
 
 void Scheduler::forget_predictions(std::uint16_t layer) {
-  queue_.cancel_layer(layer, FillKind::prefetch);
+  stats_[layer].cancelled += queue_.cancel_layer(layer, FillKind::prefetch);
   for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
     if (slots_[slot].expert.layer == layer) fills_[slot].fresh = false;
   }
@@ -86,37 +148,64 @@ void Scheduler::abandon_need() {
     const Want want = std::exchange(wants_[expert], Want::none);
     const ExpertId id{layer_, expert};
     if (want == Want::leased) slots_.release(slots_.find(id).value());
-    if (want == Want::waiting) queue_.cancel(id);
+    if (want != Want::waiting || queue_.cancel(id)) continue;
+    // Under way for nobody now: as good as a prefetch.
+    if (const auto slot = slots_.find(id)) fills_[*slot] = {FillKind::prefetch, true, false};
   }
   landed_.clear();
 }
 
-bool Scheduler::make_room(FillKind kind) {
+bool Scheduler::make_room(const TransferQueue::Entry& incoming) {
   if (slots_.find_empty()) return true;
-  // What the pass under way is still to use leaves last, and never for a prefetch.
+  const bool prefetch = incoming.kind == FillKind::prefetch;
+  // What was prefetched for the pass under way leaves last, and never for another prefetch.
   for (const bool spare_fresh : {true, false}) {
     candidates_.clear();
+    SlotIndex waiting = 0;
     for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
       const Slot& it = slots_[slot];
+      if (fills_[slot].fresh && fills_[slot].unused) ++waiting;
       if (it.state != SlotState::resident || it.leases > 0) continue;
       if (spare_fresh && fills_[slot].fresh) continue;
       candidates_.push_back({slot, it.expert});
     }
     if (!candidates_.empty()) {
-      slots_.evict(eviction_->victim(candidates_, layer_));
+      const SlotIndex victim = eviction_->victim(candidates_, layer_);
+      if (prefetch && !prefetch_->admits({incoming.expert, slots_[victim].expert, waiting})) {
+        return false;
+      }
+      slots_.evict(victim);
       return true;
     }
-    if (kind == FillKind::prefetch) return false;
+    if (prefetch) return false;
   }
   return false;
 }
 
-std::optional<Fill> Scheduler::next_fill(FillKind at_least) {
-  if (queue_.empty() || queue_.front().kind < at_least || !make_room(queue_.front().kind)) {
-    return std::nullopt;
+std::size_t Scheduler::find_startable(FillKind at_least) {
+  std::size_t attempts = 0;
+  for (std::size_t i = 0; i < queue_.size() && attempts < start_attempts;) {
+    const TransferQueue::Entry entry = queue_[i];
+    if (entry.kind < at_least) return none;
+    if (const auto slot = slots_.find(entry.expert)) {
+      // Here already, or on its way: it only has to stay until its layer has run.
+      fills_[*slot].fresh = true;
+      queue_.erase(i);
+      continue;
+    }
+    if (make_room(entry)) return i;
+    if (entry.kind == FillKind::demand) return none;
+    ++attempts;
+    ++i;
   }
-  const auto [expert, kind] = queue_.front();
-  queue_.pop_front();
+  return none;
+}
+
+std::optional<Fill> Scheduler::next_fill(FillKind at_least) {
+  const std::size_t place = find_startable(at_least);
+  if (place == none) return std::nullopt;
+  const auto [expert, kind, order] = queue_[place];
+  queue_.erase(place);
   const SlotIndex slot = slots_.find_empty().value();
   slots_.begin_fill(slot, expert);
   const bool prefetch = kind == FillKind::prefetch;
@@ -138,12 +227,30 @@ bool Scheduler::failed(SlotIndex slot) {
   const ExpertId expert = slots_[slot].expert;
   slots_.abort_fill(slot);
   if (expert.layer != layer_ || wants_[expert.expert] != Want::waiting) return false;
+  if (fills_[slot].kind == FillKind::prefetch) {
+    queue_.push(expert, FillKind::demand);  // only a read of its own can fail a need
+    return false;
+  }
   wants_[expert.expert] = Want::none;
   return true;
 }
 
 void Scheduler::end_iteration() {
   for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) forget_predictions(layer);
+  std::ranges::fill(critical_, std::uint8_t{0});
+  forecast_.end_iteration();
+  eviction_->on_end_iteration();
+  prefetch_->on_end_iteration(queue_);
+}
+
+void Scheduler::replay(RoutingTrace trace) {
+  trace_ = std::move(trace);
+  trace_.rewind();
+}
+
+void Scheduler::record(bool on) {
+  recording_ = on;
+  if (on) recorded_ = RoutingTrace{shape_.layer_count, shape_.expert_count};
 }
 
 SlotIndex Scheduler::resident_count() const {

@@ -4,23 +4,19 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "base/stats.hpp"
 #include "base/types.hpp"
-#include "schedule/eviction_policy.hpp"
+#include "schedule/activation_history.hpp"
+#include "schedule/policies.hpp"
+#include "schedule/routing_trace.hpp"
 #include "schedule/slot_table.hpp"
 #include "schedule/transfer_queue.hpp"
+#include "schedule/use_forecast.hpp"
 
 namespace spmoe {
-
-/// Sizes of the model and of the device's pool.
-struct SchedulerShape {
-  std::uint16_t layer_count;
-  std::uint16_t expert_count;  ///< in each layer
-  SlotIndex slot_count;
-  std::uint64_t blob_bytes;
-};
 
 /// A fill to start now: copy the whole blob of `expert` into `slot`.
 struct Fill {
@@ -37,22 +33,33 @@ struct ReadyExpert {
 
 /// Decides which expert is filled into which slot, and when. A state machine: it owns no thread,
 /// reads no clock and moves no byte, so that the worker, a unit test and a simulator can drive it.
-/// One thread, or the caller's lock. After construction it allocates nothing.
+/// One thread, or the caller's lock. After construction it allocates nothing, `replay` and
+/// recording apart.
 ///
 /// One need at a time: `need` opens it, `take_ready` and `computed` consume it, and it ends when
 /// every expert has been computed or by `abandon_need`. Meanwhile `next_fill` and `filled` or
 /// `failed` move the transfers on.
 class Scheduler {
  public:
-  Scheduler(const SchedulerShape& shape, std::unique_ptr<EvictionPolicy> eviction);
+  /// @throws InvalidArgument if a policy of that name does not exist.
+  explicit Scheduler(const SchedulerShape& shape, const PolicyNames& names = {});
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
 
-  /// Router scores of a draft step for `layer`: [expert_count]. Counted.
-  void predict(std::uint16_t layer, std::span<const float> scores);
+  /// A request begins: what earlier ones did becomes the past of `activation-trace`.
+  void begin_request();
+
+  /// What the router of `layer` is expected to choose for one or more tokens: [expert_count], as
+  /// `UseForecast::predict` takes them. Scores for a layer that has run already are ignored.
+  void predict(std::uint16_t layer, std::span<const float> scores,
+               PredictionSource source = PredictionSource::draft);
 
   /// The target runs `experts` of `layer` now; distinct. Residents are leased at once, the others
-  /// become demands, ahead of every prefetch. If all experts of a layer are needed at once (the
-  /// prefill of a long prompt), those of the next layer are read ahead into spare slots.
-  void need(std::uint16_t layer, std::span<const std::uint16_t> experts);
+  /// become demands, ahead of every prefetch. In a pass of a prompt (more than 32 tokens, or all
+  /// experts of the layer), those of the next layer are read ahead into spare slots.
+  /// @param rows of each expert, `tokens` in all; empty: one each.
+  void need(std::uint16_t layer, std::span<const std::uint16_t> experts,
+            std::span<const std::uint32_t> rows = {}, std::uint32_t tokens = 1);
 
   /// Appends the experts of the running need that became ready since the last call, in the order
   /// in which they landed.
@@ -65,31 +72,54 @@ class Scheduler {
   void abandon_need();
 
   /// The next fill to start, with its slot assigned, or none: nothing waits, or every slot is
-  /// leased or being filled. Demands come first.
+  /// leased, being filled or worth more than what waits. Demands come first.
   [[nodiscard]] std::optional<Fill> next_fill(FillKind at_least = FillKind::prefetch);
 
   void filled(SlotIndex slot);  ///< the fill of `slot` has landed
-  /// The fill of `slot` failed; the slot is empty again. Returns whether the running need waited
-  /// for it.
+  /// The fill of `slot` failed; the slot is empty again. Returns whether it was a demand of the
+  /// running need; one that was not, but is needed, becomes a demand.
   bool failed(SlotIndex slot);
 
   /// The iteration is over: predictions that were not used lose their protection.
   void end_iteration();
 
+  /// What the measured costs of the machine allow; see `PrefetchLimits`.
+  [[nodiscard]] PrefetchLimits& limits() noexcept { return limits_; }
+
+  /// The routing that `oracle` and `belady` know ahead of time. Starts at its beginning.
+  void replay(RoutingTrace trace);
+
+  /// From now on every need is recorded, or none is. Starting forgets the record before.
+  void record(bool on);
+  [[nodiscard]] const RoutingTrace& recorded() const noexcept { return recorded_; }
+
   [[nodiscard]] std::span<const LayerStats> stats() const noexcept { return stats_; }
+  [[nodiscard]] const UseForecast& forecast() const noexcept { return forecast_; }
   [[nodiscard]] SlotIndex resident_count() const;
+  [[nodiscard]] std::size_t queue_depth() const noexcept { return queue_.size(); }
+  [[nodiscard]] std::string_view prefetch_name() const noexcept { return prefetch_->name(); }
+  [[nodiscard]] std::string_view eviction_name() const noexcept { return eviction_->name(); }
 
  private:
   enum class Want : std::uint8_t { none, waiting, leased };
 
   void become_ready(SlotIndex slot);
+  void count_recall(std::uint16_t layer, std::span<const std::uint16_t> experts);
   void forget_predictions(std::uint16_t layer);
-  [[nodiscard]] bool make_room(FillKind kind);
   void read_ahead(std::uint16_t layer);
+  [[nodiscard]] bool make_room(const TransferQueue::Entry& incoming);
+  [[nodiscard]] std::size_t find_startable(FillKind at_least);
 
   SchedulerShape shape_;
   SlotTable slots_;
+  UseForecast forecast_;
+  ActivationHistory history_;
+  RoutingTrace trace_;
+  RoutingTrace recorded_;
+  bool recording_ = false;
+  PrefetchLimits limits_;
   std::unique_ptr<EvictionPolicy> eviction_;
+  std::unique_ptr<PrefetchPolicy> prefetch_;
   TransferQueue queue_;
 
   struct FillState {
@@ -103,6 +133,9 @@ class Scheduler {
   std::vector<Want> wants_;  // by expert of `layer_`
   std::vector<ReadyExpert> landed_;
   std::vector<Candidate> candidates_;
+  std::vector<std::uint8_t> critical_;  // [layer, expert]: 1 among top-k of a prediction, 2 top-2k
+  std::vector<std::uint16_t> ranked_;
+  std::vector<std::uint32_t> one_row_;
   std::vector<LayerStats> stats_;
 };
 

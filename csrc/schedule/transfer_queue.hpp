@@ -12,7 +12,8 @@ namespace spmoe {
 enum class FillKind : std::uint8_t { prefetch, demand };
 
 /// Experts that wait for a slot and the link, each at most once: demands in order of arrival,
-/// then prefetches in order of arrival. Allocates at construction only. One thread.
+/// then prefetches by their order and, of the same order, by arrival. Allocates at construction
+/// only. One thread.
 class TransferQueue {
  public:
   /// Room for `capacity` distinct experts, all that the model has.
@@ -24,20 +25,31 @@ class TransferQueue {
   struct Entry {
     ExpertId expert;
     FillKind kind;
+    double order = 0;  ///< of a prefetch: lower is served earlier
   };
 
-  /// Adds an expert. One that waits already keeps its place, or moves up to the demands.
-  void push(ExpertId expert, FillKind kind);
+  /// Adds an expert. One that waits already keeps its place, unless it becomes a demand or its
+  /// order changes.
+  void push(ExpertId expert, FillKind kind, double order = 0);
 
-  /// The entry to serve next; the queue is not empty.
+  /// The i-th entry to serve; `i < size()`.
+  [[nodiscard]] const Entry& operator[](std::size_t i) const { return waiting_[i]; }
   [[nodiscard]] const Entry& front() const { return waiting_.front(); }
-  void pop_front() { waiting_.erase(waiting_.begin()); }
 
-  /// Withdraws an expert. Returns whether it was waiting.
+  void erase(std::size_t i) { waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i)); }
+  void pop_front() { erase(0); }
+
+  /// Withdraws an expert, whatever it waits for. Returns whether it was waiting.
   bool cancel(ExpertId expert);
+
+  /// Withdraws an expert that waits as `kind`. Returns whether it did.
+  bool cancel(ExpertId expert, FillKind kind);
 
   /// Withdraws the entries of `kind` for experts of `layer`. Returns how many.
   std::size_t cancel_layer(std::uint16_t layer, FillKind kind);
+
+  /// Withdraws every entry of `kind`. Returns how many.
+  std::size_t cancel_all(FillKind kind);
 
  private:
   std::vector<Entry> waiting_;  // in the order of service; small, so plain shifts win

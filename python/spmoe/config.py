@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from spmoe.errors import InvalidArgument
 
@@ -56,14 +57,17 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def check_draft_length(draft_length: int) -> int:
-    """Return ``draft_length``, tokens drafted an iteration.
+def check_draft_length(draft_length: int | str) -> int | Literal["auto"]:
+    """Return ``draft_length``, tokens drafted an iteration, or "auto".
 
     Raises:
-        InvalidArgument: It is not in [0, 31]: a verification of more than 32 positions is refused.
+        InvalidArgument: It is neither "auto" nor in [0, 31]: a verification of more than 32
+            positions is refused.
     """
-    if not 0 <= draft_length <= 31:
+    if draft_length == "auto":
+        return "auto"
+    if not re.fullmatch("[0-9]+", str(draft_length)) or int(draft_length) > 31:
         raise InvalidArgument(
-            f"draft_length must be from 0 (no speculation) to 31, got {draft_length}"
+            f'draft_length must be "auto" or from 0 (no speculation) to 31, got {draft_length}'
         )
-    return draft_length
+    return int(draft_length)

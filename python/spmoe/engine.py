@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
-from spmoe import speculative
+from spmoe import predictor, speculative
 from spmoe.config import check_draft_length
+from spmoe.draft_length import DraftLength
 from spmoe.errors import Error, InvalidArgument
 from spmoe.metrics import Metrics, Timing, summarise
 from spmoe.models.cached import CachedCausalLM, CausalLM
@@ -27,6 +30,8 @@ from spmoe.models.text import Prompt, TextWriter, Tokenizer, encode
 from spmoe.pairing import check_pairing
 from spmoe.progress import Progress, silent
 from spmoe.runtime import Runtime
+
+log = logging.getLogger("spmoe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Engine:
         runtime: Runtime,
         *,
         draft: CausalLM | None = None,
-        draft_length: int = 4,
+        draft_length: int | Literal["auto"] = 4,
     ) -> None:
         self.target = target
         self.tokenizer = tokenizer
@@ -71,7 +76,10 @@ class Engine:
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
         self.last: Metrics | None = None  # figures of the last request
+        self._covered_rows = 0  # of the running verification, which the draft predicted for
+        self._hooks = ExitStack()
         attach(target, runtime)
+        self._watch()
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """Write text after ``prompt`` and return it whole. Options as for `stream`."""
@@ -97,22 +105,56 @@ class Engine:
         return _Request(self, prompt, **options).run()
 
     def iterate(
-        self, prompt: Prompt, *, max_new_tokens: int, draft_length: int
+        self, prompt: Prompt, *, max_new_tokens: int, draft_length: int | Literal["auto"]
     ) -> Iterator[speculative.Iteration]:
         """Decode without stopping at any token, and yield the iterations themselves."""
         tokens = self.encode(prompt)
         drafter = None
-        if self.draft is not None and draft_length > 0:
+        if self.draft is not None and draft_length != 0:
             drafter = CachedCausalLM(self.draft)
+        adaptive = DraftLength() if draft_length == "auto" and drafter is not None else None
+        self.runtime.begin_request()
         for iteration in speculative.decode(
             CachedCausalLM(self.target.model),
             drafter,
             tokens,
-            draft_length=draft_length,
+            draft_length=adaptive.choose if adaptive is not None else int(draft_length or 0),
             max_length=min(len(tokens) + max_new_tokens, self.context_length),
+            worth_another=adaptive.worth_another if adaptive is not None else None,
         ):
             self.runtime.end_iteration(iteration.accepted)
+            if adaptive is not None and iteration.draft_steps + len(iteration.tokens) > 1:
+                adaptive.observe(iteration)
+            self._covered_rows = 0
             yield iteration
+
+    def _watch(self) -> None:
+        """Report predictions from the models' states as the policy wants them."""
+        sources = predictor.SOURCES.get(self.runtime.policy, ())
+        target_source = "target"
+        if "draft" in sources and self.draft is not None:
+            if mismatch := predictor.draft_mismatch(self.target, self.draft):
+                log.warning("%s: experts are predicted inside the target instead", mismatch)
+                sources, target_source = ("target",), "draft"
+            else:
+                self._hooks.enter_context(
+                    predictor.draft_predictions(self.target, self.draft, self._tell_draft)
+                )
+        if "target" in sources:
+
+            def tell(layer: int, scores: torch.Tensor) -> None:
+                self.runtime.predict(layer, scores, source=target_source)
+
+            self._hooks.enter_context(
+                predictor.target_predictions(
+                    self.target, tell, first_row=lambda: self._covered_rows
+                )
+            )
+
+    def _tell_draft(self, layer: int, scores: torch.Tensor) -> None:
+        if layer == 0:
+            self._covered_rows += 1
+        self.runtime.predict(layer, scores, source="draft")
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the token ids of a prompt: chat-templated text or messages, or ids as given.
@@ -150,6 +192,7 @@ class Engine:
 
     def close(self) -> None:
         """Give the expert memory back. May be called twice."""
+        self._hooks.close()
         self.runtime.close()
 
     def __enter__(self) -> Self:
@@ -173,7 +216,7 @@ class _Request:
         prompt: Prompt,
         *,
         max_new_tokens: int = 128,
-        draft_length: int | None = None,
+        draft_length: int | Literal["auto"] | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
     ) -> None:
@@ -247,9 +290,12 @@ def load(
     *,
     expert_memory: int | str = "25%",
     device: str = "auto",
-    draft_length: int = 4,
+    draft_length: int | Literal["auto"] = 4,
+    policy: str = "horizon",
+    eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
     link_gbps: float = 0.0,
+    trace_spans: int = 0,
     progress: Progress | None = None,
 ) -> Engine:
     """Load a Mixture-of-Experts model without its experts, and perhaps a draft for it.
@@ -260,10 +306,13 @@ def load(
             decodes plainly. Changes speed, never the text.
         expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
         device: "auto" or "host".
-        draft_length: Tokens drafted an iteration, from 0 to 31.
+        draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
+        policy: What is prefetched: one of `spmoe.runtime.POLICIES`. Changes speed, never the text.
+        eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
         dtype: Of activations and of everything but the experts, which keep the checkpoint's;
             None means float32 on the host.
         link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
+        trace_spans: Spans of time that `Runtime.spans` keeps.
         progress: Called as things are loaded, with a description, and done of total.
 
     Raises:
@@ -292,6 +341,9 @@ def load(
         limit=loaded.limit,
         device=device,
         link_gbps=link_gbps,
+        policy=policy,
+        eviction=eviction,
+        trace_spans=trace_spans,
     )
     report("ready", steps, steps)
     return Engine(loaded, tokenizer, runtime, draft=drafter, draft_length=draft_length)

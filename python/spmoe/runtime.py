@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch
 from spmoe import _core
 from spmoe.config import parse_memory
 from spmoe.errors import InvalidArgument
+
+POLICIES: tuple[str, ...] = tuple(_core.prefetch_policy_names())
+EVICTIONS: tuple[str, ...] = tuple(_core.eviction_policy_names())
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -58,6 +61,10 @@ class Runtime:
         compute_threads: Threads of the expert kernels; 0 means one a core.
         copy_threads: Threads that read from the store.
         link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
+        policy: What is prefetched: one of `POLICIES`.
+        eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that goes with the
+            policy.
+        trace_spans: The latest spans of time to keep for `spans`; 0 means none.
 
     Raises:
         InvalidArgument: A setting is wrong, or the budget is under one wave (the experts that one
@@ -78,12 +85,16 @@ class Runtime:
         compute_threads: int = 0,
         copy_threads: int = 2,
         link_gbps: float = 0.0,
+        policy: str = "on-demand",
+        eviction: str = "auto",
+        trace_spans: int = 0,
     ) -> None:
         if device not in ("auto", "host", "cpu"):
             raise InvalidArgument(
                 f'device "{device}" asked, but this build has only "host"; use device="auto"'
             )
         self.store = store
+        self.policy = policy
         self.expert_memory_bytes = parse_memory(expert_memory, store.total_bytes)
         self._native = _core.Runtime(
             store,
@@ -95,6 +106,9 @@ class Runtime:
             compute_threads=compute_threads,
             copy_threads=copy_threads,
             link_gbps=link_gbps,
+            policy=policy,
+            eviction=eviction,
+            trace_spans=trace_spans,
         )
 
     def forward(
@@ -153,16 +167,77 @@ class Runtime:
         )
         return out
 
-    def predict(self, layer: int, scores: torch.Tensor | np.ndarray[Any, Any]) -> None:
+    def begin_request(self) -> None:
+        """Tell that another text begins, for policies that compare requests."""
+        self._native.begin_request()
+
+    def predict(
+        self,
+        layer: int,
+        scores: torch.Tensor | np.ndarray[Any, Any],
+        *,
+        source: Literal["draft", "target"] = "draft",
+    ) -> None:
         """Tell what the router of ``layer`` is expected to choose. Does not wait.
+
+        Scores of several calls before the layer runs add up. Whatever they are, outputs stay the
+        same.
 
         Args:
             layer: MoE layer, 0-based.
-            scores: [experts], higher means likelier.
+            scores: [experts], router probabilities of one token or summed over several, and 1 more
+                for each token whose router selects the expert. Any scores will do that are higher
+                where use is likelier; what is not a number counts as 0.
+            source: Whose state they were made from.
         """
         if isinstance(scores, torch.Tensor):
             scores = scores.detach().to("cpu", torch.float32).numpy()
-        self._native.predict(layer, np.ascontiguousarray(scores, dtype=np.float32))
+        self._native.predict(layer, np.ascontiguousarray(scores, dtype=np.float32), source)
+
+    def set_limits(
+        self,
+        *,
+        cutoff_layer: int | None = None,
+        budget_bytes: Sequence[int] = (),
+        break_even: float = 0.5,
+    ) -> None:
+        """Tell what the measured costs of this machine allow; see `spmoe.cutoff`.
+
+        Args:
+            cutoff_layer: Leading layers that "sp-moe" prefetches for; None means all.
+            budget_bytes: What the link can move until each layer runs, for "horizon"; or nothing.
+            break_even: Probability of use under which "horizon" does not prefetch.
+        """
+        layers = self.store.layer_count if cutoff_layer is None else cutoff_layer
+        self._native.set_limits(layers, list(budget_bytes), break_even)
+
+    def record_routing(self, on: bool = True) -> None:
+        """Record which experts every layer needs from now on, or stop."""
+        self._native.record_routing(on)
+
+    def recorded_routing(self) -> list[tuple[int, list[int]]]:
+        """Return the record: (layer, experts) of each call of `forward`, in order."""
+        return self._native.recorded_routing()
+
+    def replay_routing(self, routing: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Tell the policy "oracle" and the eviction "belady" what is to come, from its start."""
+        self._native.replay_routing(
+            [(layer, list(experts)) for layer, experts in routing],
+            self.store.layer_count,
+            self.store.expert_count,
+        )
+
+    def spans(self) -> list[tuple[str, int, int | None, float, float, int]]:
+        """Return the latest spans: (lane, layer, expert, start_s, end_s, queue depth), in order.
+
+        Lanes are "compute", "wait", "demand" and "prefetch"; the first two concern whole layers.
+        Seconds are those of `time.perf_counter`.
+        """
+        return self._native.spans()
+
+    def calibration(self) -> list[tuple[float, float, float]]:
+        """Return how predictions came true: (scores from, weight of predictions, of these used)."""
+        return self._native.calibration()
 
     def end_iteration(self, accepted: int = 0) -> None:
         """Tell that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding."""

@@ -9,7 +9,8 @@ Source: Leviathan et al., arXiv:2211.17192, in its greedy form; SP-MoE, arXiv:25
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,11 +42,17 @@ class Iteration:
         tokens: Token ids, at least one; the last was not drafted.
         logits: [len(tokens), vocab], the target's, whose argmax each token is.
         drafted: Tokens that the draft proposed.
+        draft_steps: Passes of the draft model.
+        draft_s: Seconds that they took.
+        verify_s: Seconds that the target's pass took.
     """
 
     tokens: list[int]
     logits: torch.Tensor
     drafted: int
+    draft_steps: int
+    draft_s: float
+    verify_s: float
 
     @property
     def accepted(self) -> int:
@@ -58,16 +65,35 @@ def prefill(model: CachedModel, prompt: Sequence[int]) -> torch.Tensor:
     return model.read(prompt)
 
 
-def draft(model: CachedModel, text: Sequence[int], count: int) -> list[int]:
+def draft(
+    model: CachedModel,
+    text: Sequence[int],
+    count: int,
+    *,
+    worth_another: Callable[[float], bool] | None = None,
+) -> list[int]:
     """Let the draft model propose ``count`` tokens after ``text``.
 
     Reads only what of ``text`` it has not read yet. It does not read the last token it proposes.
+
+    Args:
+        model: The draft.
+        text: Token ids so far.
+        count: How many to propose at most.
+        worth_another: Asked before every token but the first, with the probability that the draft
+            gives to all it has proposed; drafting ends when it says no.
     """
     unread: Sequence[int] = text[model.length :]
     proposed: list[int] = []
-    for _ in range(count):
-        proposed.append(int(model.read(unread)[-1].argmax()))
+    probability = 1.0
+    while len(proposed) < count:
+        logits = model.read(unread)[-1]
+        proposed.append(int(logits.argmax()))
         unread = proposed[-1:]
+        if worth_another is not None:
+            probability *= float(logits.float().softmax(-1)[proposed[-1]])
+            if not worth_another(probability):
+                break
     return proposed
 
 
@@ -99,8 +125,10 @@ def decode(
     drafter: CachedModel | None,
     prompt: Sequence[int],
     *,
-    draft_length: int,
+    draft_length: int | Callable[[], int],
     max_length: int,
+    worth_another: Callable[[float], bool] | None = None,
+    read_last: bool = False,
 ) -> Iterator[Iteration]:
     """Write greedily after ``prompt`` until ``max_length``, an iteration at a time.
 
@@ -112,25 +140,46 @@ def decode(
         target: Fresh, nothing read.
         drafter: Fresh; None decodes plainly.
         prompt: At least one token id.
-        draft_length: Tokens drafted an iteration; fewer where the end is near.
+        draft_length: Tokens drafted an iteration, 0 for none, or a function that is asked before
+            each; fewer are drafted where the end is near.
         max_length: Tokens of prompt and text together.
+        worth_another: As for `draft`.
+        read_last: The draft reads its own last token too, to predict experts for it.
     """
     text = list(prompt)
+    start = time.perf_counter()
     logits = prefill(target, text)
     text += accept([], logits)
-    yield Iteration(text[-1:], logits, 0)
+    yield Iteration(text[-1:], logits, 0, 0, 0.0, time.perf_counter() - start)
     while len(text) < max_length:
+        start = time.perf_counter()
         proposed: list[int] = []
+        steps = 0
         if drafter is not None:
             # The bonus token takes one of the places that are left.
-            proposed = draft(drafter, text, min(draft_length, max_length - len(text) - 1))
+            wanted = draft_length() if callable(draft_length) else draft_length
+            count = min(wanted, max_length - len(text) - 1)
+            proposed = draft(drafter, text, count, worth_another=worth_another)
+            steps = len(proposed)
+            if read_last and proposed:
+                drafter.read(proposed[-1:])
+                steps += 1
+        drafted = time.perf_counter()
         logits = verify(target, text[-1], proposed)
         tokens = accept(proposed, logits)
+        verified = time.perf_counter()
         text += tokens
         target.rewind(len(text) - 1)
         if drafter is not None:
             drafter.rewind(len(text) - 1)
-        yield Iteration(tokens, logits[: len(tokens)], len(proposed))
+        yield Iteration(
+            tokens,
+            logits[: len(tokens)],
+            len(proposed),
+            steps,
+            drafted - start,
+            verified - drafted,
+        )
 
 
 def top_two(logits: torch.Tensor) -> list[dict[str, Any]]:

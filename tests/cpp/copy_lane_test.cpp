@@ -46,9 +46,9 @@ struct Log {
   std::vector<std::pair<SlotIndex, std::string>> told;
 
   CopyLane::OnLanded listener() {
-    return [this](const Fill& fill, const std::string& error) {
+    return [this](const CopyLane::Landed& landed) {
       const std::lock_guard lock{mutex};
-      told.emplace_back(fill.slot, error);
+      told.emplace_back(landed.fill.slot, landed.error);
     };
   }
 };
@@ -108,9 +108,8 @@ TEST(CopyLane, a_fill_is_in_flight_until_it_is_told) {
   const auto device = make_host_device({});
   std::mutex gate;
   std::unique_lock closed{gate};
-  CopyLane lane{*device, StreamPriority::demand, [&](const Fill&, const std::string&) {
-                  const std::lock_guard wait_for_the_test{gate};
-                }};
+  CopyLane lane{*device, StreamPriority::demand,
+                [&](const CopyLane::Landed&) { const std::lock_guard wait_for_the_test{gate}; }};
   EXPECT_EQ(lane.in_flight(), 0u);
   for (SlotIndex slot = 0; slot < 3; ++slot) lane.submit(fill_of(slot), {});
   // The worker tells of the first and waits at the gate.

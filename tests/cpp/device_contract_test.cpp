@@ -199,23 +199,22 @@ TEST_P(DeviceContract, a_file_that_is_too_short_fails_its_own_batch_once) {
   const auto device = make();
   const Bytes source = random_bytes(2 * piece_bytes, 10);
   const TempFile file{source};
-  const Buffer buffer{*device, 4 * piece_bytes};
+  const Buffer buffer{*device, 8 * piece_bytes};
   const auto stream = device->make_stream(StreamPriority::demand);
-  const auto copy = [&](std::uint64_t offset, std::uint64_t bytes) {
-    return stream->copy_batch(
-        std::vector<CopyOp>{{buffer.data(), {nullptr, file.descriptor(), offset, bytes}}});
+  const auto copy = [&](std::size_t to_piece, std::uint64_t offset, std::uint64_t bytes) {
+    return stream->copy_batch(std::vector<CopyOp>{
+        {buffer.data() + to_piece * piece_bytes, {nullptr, file.descriptor(), offset, bytes}}});
   };
-  const Fence good = copy(0, piece_bytes);
-  const Fence bad = copy(piece_bytes, 2 * piece_bytes);
-  const Fence better = copy(10, 2 * piece_bytes - 10);
+  const Fence good = copy(0, 0, piece_bytes);
+  const Fence bad = copy(1, piece_bytes, 2 * piece_bytes);
+  const Fence better = copy(3, 10, 2 * piece_bytes - 10);
   stream->wait(better);
   stream->wait(good);
   EXPECT_EQ(message_of<DeviceError>([&] { stream->wait(bad); }),
             "the file ends at byte 8192, 4096 bytes short: it was truncated after it was opened");
   stream->wait(bad);
-  const Fence after = copy(0, 2 * piece_bytes);
-  stream->wait(after);
-  EXPECT_EQ(read(buffer, 0, 2 * piece_bytes), source);
+  stream->wait(copy(5, 0, 2 * piece_bytes));
+  EXPECT_EQ(read(buffer, 5 * piece_bytes, 2 * piece_bytes), source);
 }
 
 TEST_P(DeviceContract, a_batch_with_several_faults_tells_one_of_them) {

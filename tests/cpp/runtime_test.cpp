@@ -185,6 +185,19 @@ TEST(Runtime, forward_is_the_weighted_sum_of_the_experts) {
   }
 }
 
+TEST(Runtime, sums_in_the_order_of_the_router_s_choices) {
+  std::mt19937 random{30};
+  Runtime runtime{store(), options(4)};
+  LayerCall call = random_call(random, 1, 1, 5);
+  call.weights = {1.0F, 0.5F, 2.0F, 0.25F, 1.0F};  // exact, so that only the sum rounds
+  std::vector<float> sum(format.hidden, 0.0F);
+  for (std::size_t i = 0; i < call.k; ++i) {
+    const auto row = forward(runtime, {1, 1, 1, call.x, {call.index[i]}, {1.0F}});
+    for (std::size_t h = 0; h < sum.size(); ++h) sum[h] += call.weights[i] * row[h];
+  }
+  EXPECT_TRUE(same_bits(forward(runtime, call), sum));
+}
+
 TEST(Runtime, every_dtype_of_blobs_and_tensors_computes_the_same_sum) {
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     SCOPED_TRACE(name_of(dtype));
@@ -393,21 +406,15 @@ TEST(Runtime, what_is_resident_moves_no_byte) {
 TEST(Runtime, a_budget_under_one_wave_is_refused_with_the_bytes_it_needs) {
   RuntimeOptions tiny = options(2);
   --tiny.expert_memory_bytes;
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              Runtime{store(), tiny};
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
             "expert_memory of 4.5 KiB holds 1 experts of 2.2 KiB; one token needs 2 at once: give "
             "at least 4608 bytes (4.5 KiB)");
   tiny.expert_memory_bytes = 1;
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              Runtime{store(), tiny};
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
             "expert_memory of 1 bytes holds 0 experts of 2.2 KiB; one token needs 2 at once: give "
             "at least 4608 bytes (4.5 KiB)");
   tiny.experts_per_token = 9;
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              Runtime{store(), tiny};
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
             "experts_per_token is 9, but a layer has only 8 experts");
 }
 

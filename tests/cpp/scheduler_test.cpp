@@ -34,7 +34,7 @@ LayerStats total(const Scheduler& scheduler) {
 }
 
 Scheduler make(std::uint16_t layer_count, std::uint16_t expert_count, SlotIndex slot_count) {
-  return Scheduler{{layer_count, expert_count, slot_count, blob_bytes}, make_lru(slot_count)};
+  return Scheduler{{layer_count, expert_count, slot_count, blob_bytes}};
 }
 
 /// Starts every fill that may start now, of at least that kind.
@@ -146,6 +146,16 @@ TEST(Scheduler, a_leased_expert_is_never_evicted) {
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
   EXPECT_EQ(fill->slot, 1u);
+}
+
+TEST(Scheduler, a_hit_counts_as_a_use_for_eviction) {
+  Scheduler scheduler = make(1, 4, 2);
+  run(scheduler, 0, {0});
+  run(scheduler, 0, {1});
+  run(scheduler, 0, {0});
+  run(scheduler, 0, {2});  // in place of 1
+  EXPECT_EQ(run(scheduler, 0, {0}), 0u);
+  EXPECT_EQ(run(scheduler, 0, {1}), 1u);
 }
 
 TEST(Scheduler, a_slot_that_is_being_filled_is_never_overwritten) {
@@ -289,7 +299,7 @@ TEST(Scheduler, a_failed_fill_that_the_need_waits_for_is_told_and_leaves_the_slo
   EXPECT_EQ(run(scheduler, 0, {0, 1}), 2u);  // it is read again
 }
 
-TEST(Scheduler, a_failed_prefetch_is_told_only_to_the_need_that_waits_for_it) {
+TEST(Scheduler, a_failed_prefetch_that_is_needed_becomes_a_demand) {
   Scheduler scheduler = make(2, 4, 8);
   run(scheduler, 0, all_of(4));
   const auto fills = start(scheduler);
@@ -297,7 +307,12 @@ TEST(Scheduler, a_failed_prefetch_is_told_only_to_the_need_that_waits_for_it) {
   EXPECT_FALSE(scheduler.failed(fills[0].slot));
   scheduler.need(1, Experts{1});
   EXPECT_FALSE(scheduler.failed(fills[3].slot));
-  EXPECT_TRUE(scheduler.failed(fills[1].slot));
+  EXPECT_FALSE(scheduler.failed(fills[1].slot));
+  const auto again = start(scheduler);
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
+  EXPECT_EQ(again[0].kind, FillKind::demand);
+  EXPECT_TRUE(scheduler.failed(again[0].slot));
   scheduler.abandon_need();
   EXPECT_FALSE(scheduler.failed(fills[2].slot));
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 4u);
@@ -316,7 +331,8 @@ TEST(Scheduler, an_abandoned_need_ends_its_leases_and_withdraws_its_demands) {
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(scheduler.resident_count(), 2u);
   EXPECT_EQ(run(scheduler, 0, {4, 5}), 2u);  // both slots may be evicted
-  EXPECT_EQ(total(scheduler).demand_bytes, 4 * blob_bytes);
+  EXPECT_EQ(total(scheduler).demand_bytes, 3 * blob_bytes);
+  EXPECT_EQ(total(scheduler).prefetch_bytes, blob_bytes);
 }
 
 TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
@@ -347,10 +363,7 @@ TEST(Scheduler, a_layer_that_does_not_exist_is_refused_unchanged) {
 class Walk {
  public:
   Walk(const SchedulerShape& shape, std::uint32_t seed)
-      : shape_{shape},
-        random_{seed},
-        scheduler_{shape, make_lru(shape.slot_count)},
-        slots_(shape.slot_count) {}
+      : shape_{shape}, random_{seed}, scheduler_{shape}, slots_(shape.slot_count) {}
 
   /// One random action. Fails the running test if an invariant is broken.
   void step() {
@@ -516,10 +529,12 @@ class Walk {
     const bool waited =
         running_ && expert.layer == layer_ && want != wants_.end() && want->second == Want::waiting;
     if (may_fail_ && pick(20) == 0) {
+      const bool demanded = waited && slot.kind == FillKind::demand;
       slot = {};
-      if (waited) wants_.erase(want);
-      broken_ |= waited;
-      ASSERT_EQ(scheduler_.failed(landed), waited);
+      if (demanded) wants_.erase(want);
+      if (waited && !demanded) demands_.insert(expert);
+      broken_ |= demanded;
+      ASSERT_EQ(scheduler_.failed(landed), demanded);
       return;
     }
     slot.filling = false;
@@ -562,6 +577,12 @@ class Walk {
 
   void abandon() {
     scheduler_.abandon_need();
+    for (const auto& [expert, want] : wants_) {
+      const auto slot = find({layer_, expert});
+      if (want != Want::waiting || !slot) continue;
+      slots_[*slot].kind = FillKind::prefetch;
+      slots_[*slot].unused = true;
+    }
     wants_.clear();
     expected_.clear();
     demands_.clear();

@@ -214,7 +214,11 @@ class TestBadRequests:
         with pytest.raises(TypeError, match="temprature"):
             engine.generate(PROMPT, temprature=1.0)
 
-    def test_a_read_error_in_the_middle_of_decoding(self, engine: spmoe.Engine) -> None:
+
+def test_a_read_error_in_the_middle_of_decoding_fails_that_request_alone(
+    target_path: Path, expected: list[int]
+) -> None:
+    with spmoe.load(target_path, expert_memory="50%", policy="on-demand") as engine:
         stream = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS)
         next(stream)
         engine.runtime.inject(fail_at_copy=1)
@@ -222,6 +226,7 @@ class TestBadRequests:
             spmoe.DeviceError, match=r"could not fill expert \d+ of layer \d+ \(model-.*safetensors"
         ):
             list(stream)
+        assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).token_ids == expected
 
 
 class TestLoad:

@@ -1,0 +1,111 @@
+#include <algorithm>
+
+#include "schedule/prefetch_policy.hpp"
+
+namespace spmoe {
+namespace {
+
+// Fills that a swap must save on average to be worth its own.
+constexpr float swap_gain = 0.1F;
+
+class Horizon final : public PrefetchPolicy {
+ public:
+  Horizon(const PolicyView& view, const PrefetchLimits& limits) : view_{view}, limits_{limits} {
+    planned_.reserve(std::size_t{view.shape.layer_count} * view.shape.expert_count);
+  }
+
+  std::string_view name() const noexcept override { return "horizon"; }
+
+  void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
+    // Predictions run through the layers in order; an earlier layer begins another token.
+    const bool another_token = prediction.layer <= last_layer_;
+    last_layer_ = prediction.layer;
+    if (another_token && !limits_.budget_bytes.empty()) {
+      plan(queue);
+    } else {
+      plan_layer(prediction.layer, queue);
+    }
+  }
+
+  void on_end_iteration(TransferQueue& queue) override {
+    last_layer_ = 0xFFFF;
+    queue.cancel_all(FillKind::prefetch);
+  }
+
+  bool admits(const Admission& admission) const override {
+    const UseForecast& forecast = view_.forecast;
+    const float incoming = forecast.probability(admission.incoming);
+    const float victim = forecast.probability(admission.victim);
+    if (incoming < limits_.break_even) return false;
+    // Of two experts for the same pass, the likelier one saves a fill more often.
+    if (!forecast.ran(admission.victim.layer)) return incoming > victim + swap_gain;
+    // The victim's next use is a pass away: giving it up only lets the fill start earlier. A few
+    // slots are enough to keep the link busy; the rest stay with what comes back.
+    return victim < limits_.break_even * 0.5F || admission.waiting_slots < stream_slots();
+  }
+
+ private:
+  struct Planned {
+    ExpertId expert;
+    float probability;
+  };
+
+  [[nodiscard]] SlotIndex stream_slots() const {
+    return std::max<SlotIndex>(2U * view_.shape.experts_per_token, view_.shape.slot_count / 16);
+  }
+
+  void plan_layer(std::uint16_t layer, TransferQueue& queue) {
+    for (std::uint16_t expert = 0; expert < view_.shape.expert_count; ++expert) {
+      const float probability = view_.forecast.probability({layer, expert});
+      if (probability >= limits_.break_even) {
+        queue.push({layer, expert}, FillKind::prefetch, order(layer, probability));
+      } else {
+        queue.cancel({layer, expert}, FillKind::prefetch);
+      }
+    }
+  }
+
+  /// Earliest deadline first, the likelier first within a layer.
+  static double order(std::uint16_t layer, float probability) { return layer + 1.0 - probability; }
+
+  /// All layers anew: what arrives before its layer runs, in the order of deadlines; behind it
+  /// what cannot, which is still better begun than not. To make a deadline, the least likely of
+  /// what is due by then stands back (Moore and Hodgson's rule, with values).
+  void plan(TransferQueue& queue) {
+    queue.cancel_all(FillKind::prefetch);
+    planned_.clear();
+    for (std::uint16_t layer = 0; layer < view_.shape.layer_count; ++layer) {
+      if (!view_.forecast.predicted(layer)) continue;
+      for (std::uint16_t expert = 0; expert < view_.shape.expert_count; ++expert) {
+        const float probability = view_.forecast.probability({layer, expert});
+        if (probability < limits_.break_even || view_.slots.find({layer, expert})) continue;
+        planned_.push_back({{layer, expert}, probability});
+      }
+      const std::uint64_t room = limits_.budget_bytes[layer] / view_.shape.blob_bytes;
+      while (planned_.size() > room) {
+        const auto least = std::ranges::min_element(planned_, {}, &Planned::probability);
+        queue.push(least->expert, FillKind::prefetch,
+                   view_.shape.layer_count + order(least->expert.layer, least->probability));
+        *least = planned_.back();
+        planned_.pop_back();
+      }
+    }
+    for (const Planned& planned : planned_) {
+      queue.push(planned.expert, FillKind::prefetch,
+                 order(planned.expert.layer, planned.probability));
+    }
+  }
+
+  PolicyView view_;
+  const PrefetchLimits& limits_;
+  std::vector<Planned> planned_;
+  std::uint16_t last_layer_ = 0xFFFF;
+};
+
+}  // namespace
+
+std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const PrefetchLimits& limits) {
+  return std::make_unique<Horizon>(view, limits);
+}
+
+}  // namespace spmoe

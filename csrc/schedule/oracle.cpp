@@ -1,0 +1,45 @@
+#include <algorithm>
+
+#include "schedule/prefetch_policy.hpp"
+
+namespace spmoe {
+namespace {
+
+class Oracle final : public PrefetchPolicy {
+ public:
+  explicit Oracle(const PolicyView& view) : view_{view} {}
+
+  std::string_view name() const noexcept override { return "oracle"; }
+  void on_prediction(const Prediction&, TransferQueue&) override {}
+  void on_need(std::uint16_t, std::span<const std::uint16_t>, TransferQueue& queue) override {
+    plan(queue);
+  }
+
+  bool admits(const Admission& admission) const override {
+    return view_.trace.next_use(admission.incoming) < view_.trace.next_use(admission.victim);
+  }
+
+ private:
+  /// Looks one pass over the layers ahead: no further use can deserve a slot earlier.
+  void plan(TransferQueue& queue) const {
+    queue.cancel_all(FillKind::prefetch);
+    const std::size_t needs =
+        std::min<std::size_t>(view_.trace.remaining(), view_.shape.layer_count);
+    for (std::size_t i = 0; i < needs; ++i) {
+      const RoutingTrace::Need need = view_.trace.upcoming(i);
+      for (const std::uint16_t expert : need.experts) {
+        queue.push({need.layer, expert}, FillKind::prefetch, static_cast<double>(i));
+      }
+    }
+  }
+
+  PolicyView view_;
+};
+
+}  // namespace
+
+std::unique_ptr<PrefetchPolicy> make_oracle(const PolicyView& view) {
+  return std::make_unique<Oracle>(view);
+}
+
+}  // namespace spmoe

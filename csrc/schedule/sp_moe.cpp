@@ -1,0 +1,36 @@
+#include "schedule/prefetch_policy.hpp"
+
+namespace spmoe {
+namespace {
+
+class SpMoe final : public PrefetchPolicy {
+ public:
+  SpMoe(const PolicyView& view, const PrefetchLimits& limits) : view_{view}, limits_{limits} {
+    critical_.reserve(view.shape.expert_count);
+  }
+
+  std::string_view name() const noexcept override { return "sp-moe"; }
+
+  void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
+    if (prediction.source != PredictionSource::draft) return;
+    if (prediction.layer >= limits_.cutoff_layer) return;
+    critical_.clear();
+    append_critical(prediction.scores, view_.shape.experts_per_token, critical_);
+    for (const std::uint16_t expert : critical_) {
+      queue.push({prediction.layer, expert}, FillKind::prefetch);
+    }
+  }
+
+ private:
+  PolicyView view_;
+  const PrefetchLimits& limits_;
+  std::vector<std::uint16_t> critical_;
+};
+
+}  // namespace
+
+std::unique_ptr<PrefetchPolicy> make_sp_moe(const PolicyView& view, const PrefetchLimits& limits) {
+  return std::make_unique<SpMoe>(view, limits);
+}
+
+}  // namespace spmoe
