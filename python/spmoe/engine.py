@@ -131,7 +131,7 @@ class Engine:
     def _watch(self) -> None:
         """Report predictions from the models' states as the policy wants them."""
         sources = predictor.SOURCES.get(self.runtime.policy, ())
-        target_source = "target"
+        target_source: Literal["draft", "target"] = "target"
         if "draft" in sources and self.draft is not None:
             if mismatch := predictor.draft_mismatch(self.target, self.draft):
                 log.warning("%s: experts are predicted inside the target instead", mismatch)

@@ -40,7 +40,7 @@ class HasMoeLayers(Protocol):
     """A `TargetModel`."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The transformers model."""
         ...
 
@@ -73,7 +73,8 @@ class Router:
             state = type(self.norm).forward(self.norm, state)
         logits, _, index = type(self.gate).forward(self.gate, state)
         scores = logits.detach().float().softmax(dim=-1)
-        return scores.scatter_add(1, index, torch.ones_like(scores)).sum(dim=0)
+        joined: torch.Tensor = scores.scatter_add(1, index, torch.ones_like(scores)).sum(dim=0)
+        return joined
 
 
 def routers(target: HasMoeLayers) -> list[Router]:

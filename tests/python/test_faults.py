@@ -117,9 +117,7 @@ def gather_experts(checkpoint: Path) -> Path:
 
 @pytest.mark.parametrize("place", [1, 2, 5, 17])
 def test_a_read_error_fails_the_request_and_no_other(target_path: Path, place: int) -> None:
-    with spmoe.load(
-        target_path, target_path, expert_memory="50%", policy="on-demand"
-    ) as engine:
+    with spmoe.load(target_path, target_path, expert_memory="50%", policy="on-demand") as engine:
         expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
         engine.runtime.inject(fail_at_copy=place)
         with pytest.raises(spmoe.DeviceError, match="read error injected"):
