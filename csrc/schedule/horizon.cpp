@@ -27,21 +27,24 @@ class Horizon final : public PrefetchPolicy {
     }
   }
 
+  void on_need(std::uint16_t layer, std::span<const std::uint16_t>, TransferQueue&) override {
+    next_layer_ = static_cast<std::uint16_t>((layer + 1) % view_.shape.layer_count);
+  }
+
   void on_end_iteration(TransferQueue& queue) override {
     last_layer_ = 0xFFFF;
+    next_layer_ = 0;
     queue.cancel_all(FillKind::prefetch);
   }
 
   bool admits(const Admission& admission) const override {
     const UseForecast& forecast = view_.forecast;
-    const float incoming = forecast.probability(admission.incoming);
-    const float victim = forecast.probability(admission.victim);
-    if (incoming < limits_.break_even) return false;
-    // Of two experts for the same pass, the likelier one saves a fill more often.
-    if (!forecast.ran(admission.victim.layer)) return incoming > victim + swap_gain;
-    // The victim's next use is a pass away: giving it up only lets the fill start earlier. A few
-    // slots are enough to keep the link busy; the rest stay with what comes back.
-    return victim < limits_.break_even * 0.5F || admission.waiting_slots < stream_slots();
+    if (forecast.probability(admission.incoming) < limits_.break_even) return false;
+    const float incoming = forecast.value(admission.incoming, next_layer_);
+    const float victim = forecast.value(admission.victim, next_layer_);
+    // An idle link is lost for good, so a fill now saves one later, as often as it is right; what
+    // it costs is the victim's fill, as often as the victim would have been used again.
+    return incoming > victim + swap_gain;
   }
 
  private:
@@ -49,10 +52,6 @@ class Horizon final : public PrefetchPolicy {
     ExpertId expert;
     float probability;
   };
-
-  [[nodiscard]] SlotIndex stream_slots() const {
-    return std::max<SlotIndex>(2U * view_.shape.experts_per_token, view_.shape.slot_count / 16);
-  }
 
   void plan_layer(std::uint16_t layer, TransferQueue& queue) {
     for (std::uint16_t expert = 0; expert < view_.shape.expert_count; ++expert) {
@@ -99,7 +98,8 @@ class Horizon final : public PrefetchPolicy {
   PolicyView view_;
   const PrefetchLimits& limits_;
   std::vector<Planned> planned_;
-  std::uint16_t last_layer_ = 0xFFFF;
+  std::uint16_t last_layer_ = 0xFFFF;  // of the latest prediction
+  std::uint16_t next_layer_ = 0;       // to run
 };
 
 }  // namespace

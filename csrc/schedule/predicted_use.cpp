@@ -18,8 +18,7 @@ class PredictedUse final : public EvictionPolicy {
 
   SlotIndex victim(std::span<const Candidate> candidates, std::uint16_t current_layer) override {
     const auto rank = [&](const Candidate& c) {
-      const int layers_until_use = (c.resident.layer + layer_count_ - current_layer) % layer_count_;
-      return std::tuple{forecast_.probability(c.resident), -layers_until_use, c.slot};
+      return std::tuple{forecast_.value(c.resident, current_layer), c.slot};
     };
     return std::ranges::min_element(candidates, {}, rank)->slot;
   }

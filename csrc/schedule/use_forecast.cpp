@@ -15,6 +15,9 @@ constexpr double prior_weight = 8;
 // Older predictions fade by this at each observed layer, so that about the last 200 count.
 constexpr double calibration_decay = 0.995;
 
+// A use a pass later is worth so much of one now.
+constexpr float pass_discount = 0.95F;
+
 // Tokens of a typical verification, for what a prompt's shares mean to one.
 constexpr float verified_tokens = 4;
 
@@ -31,6 +34,10 @@ UseForecast::UseForecast(const SchedulerShape& shape)
                                                     static_cast<float>(shape.expert_count))),
       state_(shape.layer_count, State::unknown),
       used_(shape.expert_count, 0) {
+  for (std::uint16_t layer = 0; layer <= shape.layer_count; ++layer) {
+    discounts_.push_back(
+        std::pow(pass_discount, static_cast<float>(layer) / static_cast<float>(shape.layer_count)));
+  }
   for (std::size_t i = 0; i < bucket_count; ++i) {
     Bucket& bucket = buckets_[i];
     bucket.score_from =
@@ -96,6 +103,15 @@ float UseForecast::probability(ExpertId expert) const {
   if (state_[expert.layer] != State::ahead) return frequency_[place(expert)];
   const Bucket& bucket = buckets_[bucket_of(scores_[place(expert)])];
   return static_cast<float>(bucket.used / bucket.predictions);
+}
+
+float UseForecast::value(ExpertId expert, std::uint16_t current_layer) const {
+  const int layers = shape_.layer_count;
+  const int until = (expert.layer + layers - current_layer) % layers;
+  const float away = discounts_[static_cast<std::size_t>(until)];
+  const float first = probability(expert);
+  const float later = frequency(expert);
+  return away * (first + (1 - first) * discounts_.back() * later);
 }
 
 std::span<const float> UseForecast::scores(std::uint16_t layer) const {

@@ -42,6 +42,10 @@ class UseForecast {
   /// Of being used when its layer next runs; in [0, 1].
   [[nodiscard]] float probability(ExpertId expert) const;
 
+  /// What keeping the expert is worth when `current_layer` is about to run: the chance of each use
+  /// to come, discounted by how many passes away it is; in [0, 1].
+  [[nodiscard]] float value(ExpertId expert, std::uint16_t current_layer) const;
+
   /// Share of the layer's runs, of late, that used the expert.
   [[nodiscard]] float frequency(ExpertId expert) const { return frequency_[place(expert)]; }
 
@@ -77,6 +81,7 @@ class UseForecast {
   std::vector<State> state_;        // by layer
   std::vector<std::uint8_t> used_;  // by expert, of the run being observed
   std::array<Bucket, bucket_count> buckets_;
+  std::vector<float> discounts_;  // by layers until a use; the last is a whole pass
 };
 
 }  // namespace spmoe

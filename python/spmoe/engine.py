@@ -309,8 +309,8 @@ def load(
         draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
         policy: What is prefetched: one of `spmoe.runtime.POLICIES`. Changes speed, never the text.
         eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
-        dtype: Of activations and of everything but the experts, which keep the checkpoint's;
-            None means float32 on the host.
+        dtype: Of the target's activations and of all its weights but the experts', which keep the
+            checkpoint's; None means float32 on the host. The draft keeps its checkpoint's.
         link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
         trace_spans: Spans of time that `Runtime.spans` keeps.
         progress: Called as things are loaded, with a description, and done of total.
@@ -329,7 +329,7 @@ def load(
     drafter = None
     if draft is not None:
         report("loading the draft", 1, steps)
-        drafter = load_draft(draft, dtype=resolve_dtype(dtype))
+        drafter = load_draft(draft)
         check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
     report("allocating expert memory", steps - 1, steps)
     runtime = Runtime(

@@ -54,8 +54,8 @@ class HasMoeLayers(Protocol):
 class Router:
     """What the target does between attention and experts in one MoE layer."""
 
-    norm: nn.Module
-    gate: nn.Module
+    norm: Any
+    gate: Any
 
     def scores(self, state: torch.Tensor, *, normed: bool) -> torch.Tensor:
         """Return what the router thinks of some tokens, summed over them.
@@ -68,6 +68,7 @@ class Router:
             [experts], float32: router probabilities, and 1 more for each token that selects the
             expert.
         """
+        state = state.to(self.norm.weight.dtype)
         # Forward of the class: calling the module would fire the hooks that others put on it.
         if not normed:
             state = type(self.norm).forward(self.norm, state)

@@ -117,7 +117,16 @@ def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) 
 
 
 def load_draft(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load a whole model that proposes tokens. Arguments and errors as for `load_target`."""
+    """Load a whole model that proposes tokens. Errors as for `load_target`.
+
+    Args:
+        path: Directory or hub id.
+        dtype: None means the checkpoint's own: what the draft rounds changes no token.
+    """
+    if dtype is None:
+        config = read_config(fspath(path), find_directory(path))
+        own: Any = config.get_text_config().dtype
+        dtype = own if isinstance(own, torch.dtype) else torch.float32
     return load_plain(path, dtype=dtype)
 
 
