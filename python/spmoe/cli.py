@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 _VARIANTS = ("8x", "32x")
+_TRACE_SPANS = 200_000  # some minutes of decoding
 
 
 def option(flag: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
@@ -42,7 +43,13 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Use the built-in pair in place of MODEL: --demo or --demo=32x.",
             ),
             option("--draft-model", metavar="MODEL", help="Directory or hub id of the draft."),
-            option("--draft-length", type=int, default=4, help="Tokens drafted an iteration."),
+            option(
+                "--draft-length",
+                default="4",
+                help="Tokens drafted an iteration: 0 to 31, or auto.",
+            ),
+            option("--policy", default="horizon", help="What is prefetched; see docs/policies.md."),
+            option("--eviction", default="auto", help="What leaves; auto: as the policy wants."),
             option(
                 "--expert-memory",
                 default="25%",
@@ -78,6 +85,7 @@ def cli() -> None:
 @option("--stop", multiple=True, help="End the text at this string; may be given again.")
 @option("--seed", type=int, default=0, help="Of random numbers; greedy decoding draws none.")
 @option("--link-gbps", type=click.FloatRange(min=0), default=0.0, help="Pace the link, 10^9 B/s.")
+@option("--trace", type=click.Path(dir_okay=False), help="Write a timeline for ui.perfetto.dev.")
 def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **flags: Any) -> None:
     """Write text after a prompt.
 
@@ -101,7 +109,10 @@ def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **f
             expert_memory=flags["expert_memory"],
             draft_length=0 if no_speculation else flags["draft_length"],
             dtype=flags["dtype"],
+            policy=flags["policy"],
+            eviction=flags["eviction"],
             link_gbps=flags["link_gbps"],
+            trace_spans=_TRACE_SPANS if flags["trace"] else 0,
             progress=progress,
         ) as engine,
     ):
@@ -110,6 +121,7 @@ def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **f
             result = engine.generate(text, **options)
             figures = {"text": result.text, "token_ids": result.token_ids} | result.stats.as_dict()
             click.echo(json.dumps(figures))
+            _write_trace(engine, flags["trace"])
             return
         for piece in engine.stream(text, **options):
             click.echo(piece, nl=False)
@@ -117,6 +129,14 @@ def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **f
         click.echo()
         if not quiet:
             _print_table(engine.stats()["request"], flags["link_gbps"])
+        _write_trace(engine, flags["trace"])
+
+
+def _write_trace(engine: Any, path: str | None) -> None:
+    if path is not None:
+        from spmoe.trace import write_trace
+
+        write_trace(path, engine.phases, engine.runtime.spans())
 
 
 @cli.command()
@@ -153,6 +173,8 @@ def verify(prompts: int | None, prompts_file: Path | None, **flags: Any) -> None
             max_new_tokens=flags["max_new_tokens"],
             draft_length=flags["draft_length"],
             expert_memory=flags["expert_memory"],
+            policy=flags["policy"],
+            eviction=flags["eviction"],
             dtype=flags["dtype"],
             progress=progress,
         )

@@ -30,6 +30,7 @@ from spmoe.models.text import Prompt, TextWriter, Tokenizer, encode
 from spmoe.pairing import check_pairing
 from spmoe.progress import Progress, silent
 from spmoe.runtime import Runtime
+from spmoe.trace import Phase
 
 log = logging.getLogger("spmoe")
 
@@ -68,7 +69,7 @@ class Engine:
         runtime: Runtime,
         *,
         draft: CausalLM | None = None,
-        draft_length: int | Literal["auto"] = 4,
+        draft_length: int | str = 4,
     ) -> None:
         self.target = target
         self.tokenizer = tokenizer
@@ -76,6 +77,7 @@ class Engine:
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
         self.last: Metrics | None = None  # figures of the last request
+        self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._covered_rows = 0  # of the running verification, which the draft predicted for
         self._hooks = ExitStack()
         attach(target, runtime)
@@ -126,6 +128,8 @@ class Engine:
             if adaptive is not None and iteration.draft_steps + len(iteration.tokens) > 1:
                 adaptive.observe(iteration)
             self._covered_rows = 0
+            if self.runtime.trace_spans:
+                self.phases += _phases(iteration)
             yield iteration
 
     def _watch(self) -> None:
@@ -216,7 +220,7 @@ class _Request:
         prompt: Prompt,
         *,
         max_new_tokens: int = 128,
-        draft_length: int | Literal["auto"] | None = None,
+        draft_length: int | str | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
     ) -> None:
@@ -284,13 +288,23 @@ class _Request:
         return Generation(self.writer.text, self.writer.token_ids, self.metrics)
 
 
+def _phases(iteration: speculative.Iteration) -> list[Phase]:
+    verify_s = iteration.end_s - iteration.verify_s
+    drafted = f"{iteration.drafted} tokens"
+    verified = f"{iteration.accepted} accepted"
+    return [
+        Phase("draft", drafted, verify_s - iteration.draft_s, verify_s),
+        Phase("verify", verified, verify_s, iteration.end_s),
+    ]
+
+
 def load(
     target: str | PathLike[str],
     draft: str | PathLike[str] | None = None,
     *,
     expert_memory: int | str = "25%",
     device: str = "auto",
-    draft_length: int | Literal["auto"] = 4,
+    draft_length: int | str = 4,
     policy: str = "horizon",
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,

@@ -95,6 +95,7 @@ class Runtime:
             )
         self.store = store
         self.policy = policy
+        self.trace_spans = trace_spans
         self.expert_memory_bytes = parse_memory(expert_memory, store.total_bytes)
         self._native = _core.Runtime(
             store,

@@ -45,6 +45,7 @@ class Iteration:
         draft_steps: Passes of the draft model.
         draft_s: Seconds that they took.
         verify_s: Seconds that the target's pass took.
+        end_s: When it ended, in seconds of `time.perf_counter`.
     """
 
     tokens: list[int]
@@ -53,6 +54,7 @@ class Iteration:
     draft_steps: int
     draft_s: float
     verify_s: float
+    end_s: float
 
     @property
     def accepted(self) -> int:
@@ -150,7 +152,8 @@ def decode(
     start = time.perf_counter()
     logits = prefill(target, text)
     text += accept([], logits)
-    yield Iteration(text[-1:], logits, 0, 0, 0.0, time.perf_counter() - start)
+    end = time.perf_counter()
+    yield Iteration(text[-1:], logits, 0, 0, 0.0, end - start, end)
     while len(text) < max_length:
         start = time.perf_counter()
         proposed: list[int] = []
@@ -179,6 +182,7 @@ def decode(
             steps,
             drafted - start,
             verified - drafted,
+            verified,
         )
 
 

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from spmoe import speculative
+from spmoe.config import check_draft_length
 from spmoe.engine import load, resolve_dtype
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.loading import load_plain
@@ -75,8 +76,10 @@ def verify(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 64,
-    draft_length: int = 4,
+    draft_length: int | str = 4,
     expert_memory: int | str = "25%",
+    policy: str = "horizon",
+    eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -92,6 +95,8 @@ def verify(
         max_new_tokens: Of each prompt; an end-of-text token ends a text sooner.
         draft_length: Tokens drafted an iteration.
         expert_memory: As for `load`.
+        policy: As for `load`.
+        eviction: As for `load`.
         dtype: As for `load`.
         progress: Called after each text with a description, and done of total.
     """
@@ -99,8 +104,15 @@ def verify(
     total = len(prompts) * (3 if draft is not None else 2)
     done = itertools.count(1)
 
+    length = check_draft_length(draft_length)
     with load(
-        target, draft, expert_memory=expert_memory, draft_length=draft_length, dtype=dtype
+        target,
+        draft,
+        expert_memory=expert_memory,
+        draft_length=length,
+        policy=policy,
+        eviction=eviction,
+        dtype=dtype,
     ) as engine:
         encoded = [engine.encode(prompt) for prompt in prompts]
         ends = engine.target.end_token_ids
@@ -110,16 +122,18 @@ def verify(
             report(description, next(done), total)
             return result
 
-        lengths = {"plain decoding": 0} | ({"speculation": draft_length} if draft else {})
+        lengths: dict[str, int | Literal["auto"]] = {"plain decoding": 0}
+        if draft is not None:
+            lengths["speculation"] = length
         found = {
             name: [
                 run(
-                    engine.iterate(tokens, max_new_tokens=max_new_tokens, draft_length=length),
+                    engine.iterate(tokens, max_new_tokens=max_new_tokens, draft_length=drafted),
                     name,
                 )
                 for tokens in encoded
             ]
-            for name, length in lengths.items()
+            for name, drafted in lengths.items()
         }
         context_length = engine.context_length
 
