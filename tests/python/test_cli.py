@@ -150,7 +150,7 @@ def test_verify_shows_the_first_difference_and_fails(
         (["MODEL", "-p", "Hi", "-n", "0"], "0 is not in the range"),
         (["MODEL", "-p", "Hi", "--expert-memory", "lots"], "not an amount of memory"),
         (["MODEL", "-p", "Hi", "--expert-memory", "1"], "give at least .* bytes"),
-        (["MODEL", "-p", "Hi", "--draft-length", "-3"], "draft_length must be from 0"),
+        (["MODEL", "-p", "Hi", "--draft-length", "-3"], 'draft_length must be "auto" or from 0'),
         (["no/such/model", "-p", "Hi"], "neither a directory nor a model"),
         (["MODEL", "-p", ""], "the prompt is empty"),
         (["MODEL", "-p", "Hi", "--demo=64x"], "'64x' is not one of '8x', '32x'"),
@@ -179,4 +179,4 @@ def test_a_damaged_checkpoint_is_one_message(run, target_path: Path, tmp_path: P
 
 def test_help_names_every_verb(run) -> None:
     text = run("--help").out
-    assert all(verb in text for verb in ("generate", "verify", "demo"))
+    assert all(verb in text for verb in ("generate", "verify", "bench", "demo"))
