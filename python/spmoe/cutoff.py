@@ -78,8 +78,15 @@ def deadlines(costs: Costs, *, draft_steps: int, rows: int, layer_count: int) ->
 
     Returns:
         [layer_count] seconds, ascending.
+
+    Raises:
+        ValueError: There are no layers or rows, or fewer draft steps than none.
     """
-    _check(layer_count=layer_count, rows=rows)
+    for name, count in (("layer_count", layer_count), ("rows", rows)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if draft_steps < 0:
+        raise ValueError(f"draft_steps must not be negative, got {draft_steps}")
     layer_s = costs.layer_at(rows)
     return [draft_steps * costs.draft_s + layer * layer_s for layer in range(layer_count)]
 
@@ -121,11 +128,12 @@ def cutoff_layer(
         A count in ``[0, len(due)]``; 0 means that prefetching cannot pay.
 
     Raises:
-        ValueError: The lists differ in length, or a count is negative.
+        ValueError: The lists differ in length, or a count is negative or NaN.
     """
-    if len(due) != len(wanted) or any(count < 0 for count in wanted) or free_bytes < 0:
+    if len(due) != len(wanted) or not all(count >= 0 for count in wanted) or free_bytes < 0:
         raise ValueError(
-            f"need as many deadlines as non-negative counts, got {len(due)} and {len(wanted)}"
+            f"need as many deadlines as non-negative counts, got {len(due)} and {list(wanted)}, "
+            f"and memory that is not negative, got {free_bytes}"
         )
     copy_s = costs.expert_copy_s()
     total = 0.0
@@ -134,9 +142,3 @@ def cutoff_layer(
         if total * copy_s > time or total * costs.expert_bytes > free_bytes:
             return layer
     return len(due)
-
-
-def _check(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from spmoe.cutoff import interpolate
+
 
 class Measured(Protocol):
     """What an iteration came to; `speculative.Iteration` is one.
@@ -48,39 +50,12 @@ def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
 
 
 @dataclass(slots=True)
-class _Line:
-    """Least squares through samples (rows, seconds), old ones fading."""
-
-    fade: float
-    weight: float = 0.0
-    sum_x: float = 0.0
-    sum_y: float = 0.0
-    sum_xx: float = 0.0
-    sum_xy: float = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        self.weight = self.weight * self.fade + 1
-        self.sum_x = self.sum_x * self.fade + x
-        self.sum_y = self.sum_y * self.fade + y
-        self.sum_xx = self.sum_xx * self.fade + x * x
-        self.sum_xy = self.sum_xy * self.fade + x * y
-
-    def at(self, x: float) -> float:
-        mean_x, mean_y = self.sum_x / self.weight, self.sum_y / self.weight
-        spread = self.sum_xx / self.weight - mean_x * mean_x
-        if spread < 1e-3:
-            return mean_y
-        slope = max(0.0, (self.sum_xy / self.weight - mean_x * mean_y) / spread)
-        return mean_y + slope * (x - mean_x)
-
-
-@dataclass(slots=True)
 class DraftLength:
     """Chooses the draft length of each iteration. One request at a time.
 
-    Lengths are tried where nothing is known about them, and tried again now and then, less often
-    each time that it did not pay. What tests cost is counted, and there are none while it is more
-    than `test_share` of all time.
+    Now and then another length than the best known is tested: the one that has waited longest for
+    its price, which is what such an iteration is expected to lose. What tests lose is counted, and
+    a test has to wait while it would take the sum past `test_share` of all time.
 
     Attributes:
         longest: Largest length to choose.
@@ -88,18 +63,16 @@ class DraftLength:
     """
 
     longest: int = 8
-    test_share: float = 0.03
+    test_share: float = 0.02
 
-    # Newest weigh most; about the last 20 iterations count.
-    _verify: _Line = field(default_factory=lambda: _Line(fade=0.95))
-    _plain_s: float | None = None  # a verification of one row
+    _verify_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds, newest weigh most
+    _times: dict[int, int] = field(default_factory=dict)  # rows -> how often they were measured
+    _tried: dict[int, int] = field(default_factory=dict)  # length -> when it was chosen last
     _draft_s: float | None = None  # a draft step
     _offered: float = 2.0  # drafted tokens that were judged, and accepted; fading
     _accepted: float = 1.6
     _total_s: float = 0.0
     _test_loss_s: float = 0.0
-    _until_test: int = 0
-    _interval: int = 8
     _testing: bool = False
     _count: int = 0
 
@@ -109,10 +82,8 @@ class DraftLength:
         return min(self._accepted / self._offered, 0.999)
 
     def seconds_per_token(self, draft_length: int) -> float:
-        """Return what a token is expected to cost at this length; needs an iteration of it."""
-        if draft_length == 0 and self._plain_s is not None:
-            return self._plain_s
-        seconds = draft_length * (self._draft_s or 0.0) + self._verify.at(draft_length + 1)
+        """Return what a token is expected to cost at this length; needs an iteration of any."""
+        seconds = draft_length * (self._draft_s or 0.0) + self._verify_at(draft_length + 1)
         return seconds / tokens_per_iteration(self.acceptance, draft_length)
 
     def choose(self) -> int:
@@ -120,44 +91,47 @@ class DraftLength:
         self._testing = False
         if self._draft_s is None:
             return min(4, self.longest)
-        if self._plain_s is None:
+        if 1 not in self._verify_s:
             return 0
-        best = min(range(self.longest + 1), key=self.seconds_per_token)
-        affordable = self._test_loss_s <= self.test_share * self._total_s
-        if self._until_test > 0 or not affordable:
-            return best
-        # The other side of the question: does drafting pay at all?
-        self._testing = True
-        if best > 0:
-            return 0
-        return min(2, self.longest)
+        best = self._best()
+        usual = self.seconds_per_token(best)
+
+        def price(length: int) -> float:
+            loss = max(self.seconds_per_token(length) - usual, 0.02 * usual)  # none is for nothing
+            return loss * tokens_per_iteration(self.acceptance, length)
+
+        others = [length for length in range(self.longest + 1) if length != best]
+        test = max(others, key=lambda g: (self._count - self._tried.get(g, 0)) / price(g))
+        self._testing = self._test_loss_s + price(test) <= self.test_share * self._total_s
+        chosen = test if self._testing else best
+        self._tried[chosen] = self._count
+        return chosen
 
     def observe(self, iteration: Measured) -> None:
         """Tell what an iteration came to."""
-        drafted, accepted = iteration.drafted, iteration.accepted
-        draft_s, verify_s = iteration.draft_s, iteration.verify_s
-        self._count += 1
-        self._until_test -= 1
-        seconds = draft_s + verify_s
-        self._total_s += seconds
+        drafted = iteration.drafted
+        seconds = iteration.draft_s + iteration.verify_s
         if self._testing:
-            others = [g for g in range(self.longest + 1) if (g == 0) != (drafted == 0)]
-            usual = min(self.seconds_per_token(g) for g in others)
-            loss = seconds - (accepted + 1) * usual
+            usual = self.seconds_per_token(self._best())
+            loss = seconds - tokens_per_iteration(self.acceptance, drafted) * usual
             self._test_loss_s += max(0.0, loss)
-            self._interval = 8 if loss < 0 else min(2 * self._interval, 256)
-            self._until_test = self._interval
-        if drafted == 0:
-            self._plain_s = _blend(self._plain_s, verify_s, 0.3)
-            if self._until_test <= 0 and not self._testing:
-                self._until_test = self._interval
-        else:
-            step = draft_s / max(iteration.draft_steps, 1)
+        self._count += 1
+        self._total_s += seconds
+        rows = drafted + 1
+        times = self._times[rows] = self._times.get(rows, 0) + 1
+        # A plain mean of the first 20, so that one sample is not taken for the truth.
+        share = max(1 / times, 0.05)
+        self._verify_s[rows] = _blend(self._verify_s.get(rows), iteration.verify_s, share)
+        # Acceptance is forgotten while decoding plainly too, so that few tests can revise it.
+        if self._offered > 4:
+            self._offered *= 0.97
+            self._accepted *= 0.97
+        if drafted:
+            step = iteration.draft_s / max(iteration.draft_steps, 1)
             self._draft_s = _blend(self._draft_s, step, 0.2)
-            judged = min(accepted + 1, drafted)  # nothing is learnt behind the first refusal
-            self._offered = 0.95 * self._offered + judged
-            self._accepted = 0.95 * self._accepted + accepted
-        self._verify.add(drafted + 1, verify_s)
+            judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
+            self._offered += judged
+            self._accepted += iteration.accepted
 
     def worth_another(self, probability: float) -> bool:
         """Whether one more drafted token is expected to pay.
@@ -168,11 +142,18 @@ class DraftLength:
         Args:
             probability: That it and all before it are accepted, by the draft's own account.
         """
-        if self._draft_s is None or self._plain_s is None:
+        if self._draft_s is None or 1 not in self._verify_s:
             return True
-        best = min(self.seconds_per_token(g) for g in range(self.longest + 1))
-        row_s = max(0.0, self._verify.at(3) - self._verify.at(2))
-        return probability * best > self._draft_s + row_s
+        best = self._best()
+        deep = max(best, 2)
+        row_s = max(0.0, (self._verify_at(deep + 1) - self._verify_at(2)) / (deep - 1))
+        return probability * self.seconds_per_token(best) > self._draft_s + row_s
+
+    def _best(self) -> int:
+        return min(range(self.longest + 1), key=self.seconds_per_token)
+
+    def _verify_at(self, rows: int) -> float:
+        return interpolate(self._verify_s, rows)
 
 
 def _blend(old: float | None, new: float, share: float) -> float:

@@ -1,0 +1,213 @@
+"""The latency model: deadlines, budgets and the paper's cutoff layer."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from spmoe.cutoff import Costs, byte_budget, cutoff_layer, deadlines, interpolate
+
+MIB = 1 << 20
+
+
+def costs(**changed: Any) -> Costs:
+    """A draft step of 20 ms, a layer of 5 ms, an expert of 16 MiB in 1 ms whatever the batch."""
+    base = {
+        "draft_s": 0.020,
+        "layer_s": {1: 0.005},
+        "copy_s": {1: 0.001, 8: 0.008},
+        "expert_bytes": 16 * MIB,
+    }
+    return Costs(**(base | changed))
+
+
+class TestInterpolate:
+    @pytest.mark.parametrize(
+        ("samples", "at", "expected"),
+        [
+            ({3: 7.0}, 1, 7.0),  # one sample: a constant
+            ({3: 7.0}, 9, 7.0),
+            ({1: 1.0, 5: 3.0}, 1, 1.0),  # at the samples
+            ({1: 1.0, 5: 3.0}, 5, 3.0),
+            ({1: 1.0, 5: 3.0}, 3, 2.0),  # between
+            ({5: 3.0, 1: 1.0}, 3, 2.0),  # in any order
+            ({1: 1.0, 5: 3.0}, 9, 5.0),  # past the end
+            ({2: 1.0, 4: 3.0}, 1, 0.0),  # before the start
+            ({2: 1.0, 4: 9.0}, 1, 0.0),  # never negative
+            ({1: 1.0, 2: 5.0, 4: 6.0}, 2, 5.0),
+            ({1: 1.0, 2: 5.0, 4: 6.0}, 3, 5.5),  # of several lines the right one
+            ({1: 1.0, 2: 5.0, 4: 6.0}, 8, 8.0),
+        ],
+    )
+    def test_it_lies_on_the_lines_through_the_samples(
+        self, samples: dict[int, float], at: int, expected: float
+    ) -> None:
+        assert interpolate(samples, at) == pytest.approx(expected)
+
+
+class TestCosts:
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"draft_s": math.nan},
+            {"draft_s": -0.001},
+            {"draft_s": math.inf},
+            {"layer_s": {}},
+            {"layer_s": {1: 0.005, 4: math.nan}},
+            {"copy_s": {}},
+            {"copy_s": {1: 0.001, 8: -0.008}},
+            {"copy_s": {8: math.inf}},
+            {"expert_bytes": 0},
+            {"expert_bytes": -1},
+        ],
+    )
+    def test_unmeasured_costs_are_refused_with_the_cure(self, changed: dict[str, Any]) -> None:
+        with pytest.raises(
+            ValueError, match=r"must be measured and non-negative.*run `spmoe profile`"
+        ):
+            costs(**changed)
+
+    def test_an_expert_on_the_link_is_a_batchs_share(self) -> None:
+        batches = costs(copy_s={1: 0.002, 8: 0.008})
+        assert batches.expert_copy_s(1) == pytest.approx(0.002)
+        assert batches.expert_copy_s() == pytest.approx(0.001)
+
+    def test_a_layer_costs_more_with_more_rows(self) -> None:
+        assert costs(layer_s={1: 0.005, 5: 0.009}).layer_at(3) == pytest.approx(0.007)
+
+
+class TestDeadlines:
+    @pytest.mark.parametrize(
+        ("draft_steps", "rows", "expected"),
+        [
+            (0, 1, [0.0, 0.005, 0.010]),  # verification begins now
+            (1, 1, [0.020, 0.025, 0.030]),
+            (4, 5, [0.080, 0.089, 0.098]),  # of five rows a layer takes 9 ms
+        ],
+    )
+    def test_a_layer_is_due_after_drafting_and_the_layers_before_it(
+        self, draft_steps: int, rows: int, expected: list[float]
+    ) -> None:
+        measured = costs(layer_s={1: 0.005, 5: 0.009})
+        due = deadlines(measured, draft_steps=draft_steps, rows=rows, layer_count=3)
+        assert due == pytest.approx(expected)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"rows": 0}, "rows must be at least 1, got 0"),
+            ({"layer_count": 0}, "layer_count must be at least 1, got 0"),
+            ({"draft_steps": -1}, "draft_steps must not be negative, got -1"),
+        ],
+    )
+    def test_a_count_that_cannot_be_is_refused(self, changed: dict[str, int], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            deadlines(costs(), **({"draft_steps": 1, "rows": 1, "layer_count": 3} | changed))
+
+
+class TestByteBudget:
+    def test_it_is_what_the_link_moves_until_the_deadline(self) -> None:
+        assert byte_budget([0.0, 0.0005, 0.003], costs()) == [0, 8 * MIB, 48 * MIB]
+
+    def test_a_free_link_sets_no_bound(self) -> None:
+        budget = byte_budget([0.0, 1.0], costs(copy_s={8: 0.0}))
+        assert min(budget) > 1 << 60
+        assert max(budget) < 1 << 64  # the runtime keeps it in 64 bits
+
+
+class TestCutoffLayer:
+    @pytest.mark.parametrize(
+        ("due", "wanted", "free_bytes", "expected"),
+        [
+            ([0.020] * 26, [2] * 26, 640 * MIB, 10),  # time: 20 ms / (2 * 1 ms)
+            ([0.020] * 26, [2] * 26, 96 * MIB, 3),  # memory: 96 / (2 * 16)
+            ([0.020] * 26, [2] * 26, 0, 0),
+            ([1.0] * 26, [2] * 26, 1 << 40, 26),  # never past the last layer
+            ([0.0] * 4, [1] * 4, 1 << 40, 0),
+            ([0.0] * 4, [0] * 4, 0, 4),  # nothing to fill: nothing to wait for
+            ([0.002, 0.002, 0.010], [2, 1, 1], 1 << 40, 1),  # a later deadline does not help
+            ([0.000, 0.010, 0.010], [0, 5, 6], 1 << 40, 2),
+            ([0.0045], [4.5], 1 << 40, 1),  # expected counts need not be whole
+            ([], [], 0, 0),
+        ],
+    )
+    def test_it_is_the_tighter_of_time_and_memory(
+        self, due: list[float], wanted: list[float], free_bytes: int, expected: int
+    ) -> None:
+        slightly_later = [time * (1 + 1e-9) for time in due]  # 20 * 0.001 rounds
+        assert cutoff_layer(slightly_later, wanted, costs(), free_bytes=free_bytes) == expected
+
+    def test_a_free_link_leaves_it_to_memory(self) -> None:
+        free_link = costs(copy_s={8: 0.0})
+        assert cutoff_layer([0.0] * 26, [2] * 26, free_link, free_bytes=640 * MIB) == 20
+
+    @pytest.mark.parametrize(
+        ("due", "wanted", "free_bytes"),
+        [([0.1], [1, 1], 0), ([0.1, 0.1], [1, -1], 0), ([0.1], [1], -1), ([0.1], [math.nan], 0)],
+    )
+    def test_lists_that_do_not_fit_are_refused(
+        self, due: list[float], wanted: list[float], free_bytes: int
+    ) -> None:
+        with pytest.raises(ValueError, match="as many deadlines as non-negative counts"):
+            cutoff_layer(due, wanted, costs(), free_bytes=free_bytes)
+
+    def test_equal_layers_without_compute_give_the_papers_closed_form(self) -> None:
+        """L k copy <= T_draft and L k bytes <= free: SP-MoE, section 3.2."""
+        for seed in range(200):
+            rng = random.Random(seed)
+            layers, k, steps = rng.randint(1, 60), rng.randint(1, 8), rng.randint(1, 8)
+            free_bytes = rng.randint(0, layers * k * 16 * MIB * 2)
+            # Powers of two, so that neither side rounds.
+            copy_s, draft_s = 2.0 ** -rng.randint(8, 12), rng.randint(1, 64) * 2.0**-10
+            measured = costs(draft_s=draft_s, layer_s={1: 0.0}, copy_s={8: 8 * copy_s})
+            due = deadlines(measured, draft_steps=steps, rows=steps + 1, layer_count=layers)
+            by_time = math.floor(steps * draft_s / (k * copy_s))
+            by_memory = free_bytes // (k * 16 * MIB)
+            found = cutoff_layer(due, [k] * layers, measured, free_bytes=free_bytes)
+            assert found == min(by_time, by_memory, layers), f"{seed=}"
+
+
+class TestMonotone:
+    """More of what helps never prefetches less."""
+
+    @pytest.mark.parametrize("seed", range(50))
+    def test_the_cutoff_moves_one_way_with_each_cost(self, seed: int) -> None:
+        rng = random.Random(seed)
+        layers = rng.randint(1, 30)
+        wanted = [rng.choice([0, 1, 2, 3.5, 6]) for _ in range(layers)]
+        base: dict[str, Any] = {
+            "draft_steps": rng.randint(0, 6),
+            "draft_s": rng.uniform(0, 0.02),
+            "layer_s": rng.uniform(0, 0.01),
+            "copy_s": rng.uniform(0, 0.01),
+            "wanted": wanted,
+            "free_bytes": rng.randint(0, 2 * 16 * MIB * layers),
+            "expert_bytes": rng.randint(1, 32) * MIB,
+        }
+
+        def cutoff(**changed: Any) -> int:
+            at = base | changed
+            measured = costs(
+                draft_s=at["draft_s"],
+                layer_s={1: at["layer_s"]},
+                copy_s={8: 8 * at["copy_s"]},
+                expert_bytes=at["expert_bytes"],
+            )
+            due = deadlines(measured, draft_steps=at["draft_steps"], rows=4, layer_count=layers)
+            assert due == sorted(due)
+            budget = byte_budget(due, measured)
+            assert budget == sorted(budget)
+            return cutoff_layer(due, at["wanted"], measured, free_bytes=at["free_bytes"])
+
+        here = cutoff()
+        assert 0 <= here <= layers
+        for name in ("draft_steps", "draft_s", "layer_s", "free_bytes"):
+            assert cutoff(**{name: base[name] * 2}) >= here, (seed, name)
+        for name in ("copy_s", "expert_bytes"):
+            assert cutoff(**{name: base[name] * 2}) <= here, (seed, name)
+        more = list(wanted)
+        more[rng.randrange(layers)] += 1
+        assert cutoff(wanted=more) <= here, (seed, more)
