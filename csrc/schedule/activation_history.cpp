@@ -18,6 +18,7 @@ void ActivationHistory::begin_request() {
   past_count_ = std::min(past_count_ + 1, kept_requests);
   std::ranges::fill(current_, 0.0F);
   nearest_ = nullptr;
+  outdated_ = false;
 }
 
 void ActivationHistory::observe(std::uint16_t layer, std::span<const std::uint16_t> experts,
@@ -25,10 +26,11 @@ void ActivationHistory::observe(std::uint16_t layer, std::span<const std::uint16
   for (std::size_t i = 0; i < experts.size(); ++i) {
     current_[std::size_t{layer} * shape_.expert_count + experts[i]] += static_cast<float>(rows[i]);
   }
-  find_nearest();
+  outdated_ = true;
 }
 
-void ActivationHistory::find_nearest() {
+void ActivationHistory::find_nearest() const {
+  outdated_ = false;
   float best = -1;
   for (std::size_t i = 0; i < past_count_; ++i) {
     const Matrix& past = past_[i];
@@ -43,6 +45,7 @@ void ActivationHistory::find_nearest() {
 }
 
 float ActivationHistory::share(ExpertId expert) const {
+  if (outdated_) find_nearest();
   if (nearest_ == nullptr) return 0;
   const auto row = nearest_->begin() + std::ptrdiff_t{expert.layer} * shape_.expert_count;
   const float total = std::accumulate(row, row + shape_.expert_count, 0.0F);

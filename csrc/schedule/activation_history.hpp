@@ -20,19 +20,19 @@ class ActivationHistory {
   /// A request begins: the matrix of the one before joins the past, in place of the oldest.
   void begin_request();
 
-  /// `layer` ran `experts`, `rows[i]` rows through `experts[i]`. Looks for the nearest again.
+  /// `layer` ran `experts`, `rows[i]` rows through `experts[i]`.
   void observe(std::uint16_t layer, std::span<const std::uint16_t> experts,
                std::span<const std::uint32_t> rows);
 
   /// Share of the layer's activations that the expert had in the nearest past request; 0 if there
-  /// is none.
+  /// is none. Looks for the nearest again if a layer ran since the last call.
   [[nodiscard]] float share(ExpertId expert) const;
 
   [[nodiscard]] const SchedulerShape& shape() const noexcept { return shape_; }
 
  private:
   using Matrix = std::vector<float>;  // [layer, expert]
-  void find_nearest();
+  void find_nearest() const;
 
   static constexpr std::size_t kept_requests = 32;
   SchedulerShape shape_;
@@ -40,7 +40,8 @@ class ActivationHistory {
   std::vector<Matrix> past_;
   std::size_t past_count_ = 0;
   std::size_t next_past_ = 0;
-  const Matrix* nearest_ = nullptr;
+  mutable const Matrix* nearest_ = nullptr;
+  mutable bool outdated_ = false;  // `nearest_`; most policies never ask for it
 };
 
 }  // namespace spmoe

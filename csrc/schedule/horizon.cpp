@@ -19,8 +19,9 @@ class Horizon final : public PrefetchPolicy {
   void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
     // Predictions run through the layers in order; an earlier layer begins another token.
     const bool another_token = prediction.layer <= last_layer_;
+    const bool token_complete = prediction.layer + 1 == view_.shape.layer_count;
     last_layer_ = prediction.layer;
-    if (another_token && !limits_.budget_bytes.empty()) {
+    if ((another_token || token_complete) && !limits_.budget_bytes.empty()) {
       plan(queue);
     } else {
       plan_layer(prediction.layer, queue);

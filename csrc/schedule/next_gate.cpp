@@ -16,8 +16,7 @@ class NextGate final : public PrefetchPolicy {
   void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
     if (prediction.source != PredictionSource::target) return;
     // Every expert that a row's router selects has a score above 1; one row selects top-k.
-    const auto selected = static_cast<std::size_t>(
-        std::ranges::count_if(prediction.scores, [](float score) { return score > 1; }));
+    const std::size_t selected = count_selected(prediction.scores);
     critical_.clear();
     append_critical(prediction.scores,
                     std::max<std::size_t>(selected, view_.shape.experts_per_token), critical_);

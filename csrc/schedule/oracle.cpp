@@ -14,6 +14,7 @@ class Oracle final : public PrefetchPolicy {
   void on_need(std::uint16_t, std::span<const std::uint16_t>, TransferQueue& queue) override {
     plan(queue);
   }
+  void on_end_iteration(TransferQueue& queue) override { plan(queue); }
 
   bool admits(const Admission& admission) const override {
     return view_.trace.next_use(admission.incoming) < view_.trace.next_use(admission.victim);
@@ -28,7 +29,9 @@ class Oracle final : public PrefetchPolicy {
     for (std::size_t i = 0; i < needs; ++i) {
       const RoutingTrace::Need need = view_.trace.upcoming(i);
       for (const std::uint16_t expert : need.experts) {
-        queue.push({need.layer, expert}, FillKind::prefetch, static_cast<double>(i));
+        const ExpertId id{need.layer, expert};
+        if (view_.trace.next_use(id) < i) continue;  // waits already, for that use
+        queue.push(id, FillKind::prefetch, static_cast<double>(i));
       }
     }
   }

@@ -18,7 +18,8 @@ class PredictedUse final : public EvictionPolicy {
 
   SlotIndex victim(std::span<const Candidate> candidates, std::uint16_t current_layer) override {
     const auto rank = [&](const Candidate& c) {
-      return std::tuple{forecast_.value(c.resident, current_layer), c.slot};
+      const int layers_until_use = (c.resident.layer + layer_count_ - current_layer) % layer_count_;
+      return std::tuple{forecast_.value(c.resident, current_layer), -layers_until_use, c.slot};
     };
     return std::ranges::min_element(candidates, {}, rank)->slot;
   }

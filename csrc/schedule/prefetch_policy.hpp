@@ -98,8 +98,11 @@ std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const Prefe
 /// victim would be.
 std::unique_ptr<PrefetchPolicy> make_oracle(const PolicyView& view);
 
+/// Experts that the router of some row selected: those with a finite score above 1.
+[[nodiscard]] std::size_t count_selected(std::span<const float> scores);
+
 /// Appends the `count` experts of the highest scores to `experts`, highest first, the lowest index
-/// first of equals; only scores above 0.
+/// first of equals; only finite scores above 0.
 void append_critical(std::span<const float> scores, std::size_t count,
                      std::vector<std::uint16_t>& experts);
 

@@ -1,19 +1,32 @@
 #include "schedule/routing_trace.hpp"
 
 #include <algorithm>
+#include <string>
+
+#include "base/error.hpp"
 
 namespace spmoe {
 
 RoutingTrace::RoutingTrace(std::uint16_t layer_count, std::uint16_t expert_count)
-    : expert_count_{expert_count},
+    : layer_count_{layer_count},
+      expert_count_{expert_count},
       uses_(std::size_t{layer_count} * expert_count),
       passed_(uses_.size(), 0) {}
 
 void RoutingTrace::append(std::uint16_t layer, std::span<const std::uint16_t> experts) {
+  const auto inside = [&](std::uint16_t expert) {
+    return layer < layer_count_ && expert < expert_count_;
+  };
+  const auto outside = std::ranges::find_if_not(experts, inside);
+  if (outside != experts.end()) {
+    throw InvalidArgument{"the trace names expert " + std::to_string(*outside) + " of layer " +
+                          std::to_string(layer) + ", but there are " +
+                          std::to_string(layer_count_) + " layers of " +
+                          std::to_string(expert_count_) + " experts"};
+  }
   const std::size_t begin = experts_.size();
   experts_.insert(experts_.end(), experts.begin(), experts.end());
-  for (const std::uint16_t expert : experts)
-    uses_.at(place({layer, expert})).push_back(needs_.size());
+  for (const std::uint16_t expert : experts) uses_[place({layer, expert})].push_back(needs_.size());
   needs_.push_back({layer, begin, experts_.size()});
 }
 

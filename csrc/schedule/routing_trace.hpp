@@ -17,7 +17,11 @@ class RoutingTrace {
 
   RoutingTrace(std::uint16_t layer_count, std::uint16_t expert_count);
 
+  [[nodiscard]] std::uint16_t layer_count() const noexcept { return layer_count_; }
+  [[nodiscard]] std::uint16_t expert_count() const noexcept { return expert_count_; }
+
   /// Appends one need: distinct experts of `layer`, in the order of the run.
+  /// @throws InvalidArgument if the model has no such expert; the trace is unchanged.
   void append(std::uint16_t layer, std::span<const std::uint16_t> experts);
 
   /// The replay's next need begins: it should be the next of the trace.
@@ -49,6 +53,7 @@ class RoutingTrace {
     return std::size_t{expert.layer} * expert_count_ + expert.expert;
   }
 
+  std::uint16_t layer_count_;
   std::uint16_t expert_count_;
   std::vector<Entry> needs_;
   std::vector<std::uint16_t> experts_;          // of all needs, one behind the other

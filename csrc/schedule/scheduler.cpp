@@ -1,7 +1,10 @@
 #include "schedule/scheduler.hpp"
 
 #include <algorithm>
+#include <string>
 #include <utility>
+
+#include "base/error.hpp"
 
 namespace spmoe {
 namespace {
@@ -46,9 +49,7 @@ void Scheduler::predict(std::uint16_t layer, std::span<const float> scores,
   if (forecast_.ran(layer)) return;
   forecast_.predict(layer, scores);
   const std::size_t k = shape_.experts_per_token;
-  const auto selected =
-      static_cast<std::size_t>(std::ranges::count_if(scores, [](float s) { return s > 1; }));
-  const std::size_t top = std::max(k, selected);
+  const std::size_t top = std::max(k, count_selected(scores));
   ranked_.clear();
   append_critical(scores, top + k, ranked_);
   for (std::size_t rank = 0; rank < ranked_.size(); ++rank) {
@@ -64,6 +65,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
   LayerStats& stats = stats_.at(layer);
   if (rows.empty()) rows = std::span{one_row_}.first(experts.size());
   layer_ = layer;
+  next_layer_ = static_cast<std::uint16_t>((layer + 1) % shape_.layer_count);
   for (const std::uint16_t expert : experts) {
     const ExpertId id{layer, expert};
     const auto slot = slots_.find(id);
@@ -170,7 +172,7 @@ bool Scheduler::make_room(const TransferQueue::Entry& incoming) {
       candidates_.push_back({slot, it.expert});
     }
     if (!candidates_.empty()) {
-      const SlotIndex victim = eviction_->victim(candidates_, layer_);
+      const SlotIndex victim = eviction_->victim(candidates_, next_layer_);
       if (prefetch && !prefetch_->admits({incoming.expert, slots_[victim].expert, waiting})) {
         return false;
       }
@@ -237,6 +239,7 @@ bool Scheduler::failed(SlotIndex slot) {
 
 void Scheduler::end_iteration() {
   for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) forget_predictions(layer);
+  next_layer_ = 0;
   std::ranges::fill(critical_, std::uint8_t{0});
   forecast_.end_iteration();
   eviction_->on_end_iteration();
@@ -244,6 +247,12 @@ void Scheduler::end_iteration() {
 }
 
 void Scheduler::replay(RoutingTrace trace) {
+  if (trace.layer_count() != shape_.layer_count || trace.expert_count() != shape_.expert_count) {
+    throw InvalidArgument{"a trace of " + std::to_string(trace.layer_count()) + " layers of " +
+                          std::to_string(trace.expert_count()) + " experts given, but there are " +
+                          std::to_string(shape_.layer_count) + " layers of " +
+                          std::to_string(shape_.expert_count)};
+  }
   trace_ = std::move(trace);
   trace_.rewind();
 }

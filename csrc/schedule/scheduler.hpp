@@ -87,6 +87,7 @@ class Scheduler {
   [[nodiscard]] PrefetchLimits& limits() noexcept { return limits_; }
 
   /// The routing that `oracle` and `belady` know ahead of time. Starts at its beginning.
+  /// @throws InvalidArgument if it is of a model of another shape.
   void replay(RoutingTrace trace);
 
   /// From now on every need is recorded, or none is. Starting forgets the record before.
@@ -129,8 +130,9 @@ class Scheduler {
   };
   std::vector<FillState> fills_;  // by slot
 
-  std::uint16_t layer_ = 0;  // of the running or the last need
-  std::vector<Want> wants_;  // by expert of `layer_`
+  std::uint16_t layer_ = 0;       // of the running or the last need
+  std::uint16_t next_layer_ = 0;  // that will be needed next: what `layer_` needs is leased
+  std::vector<Want> wants_;       // by expert of `layer_`
   std::vector<ReadyExpert> landed_;
   std::vector<Candidate> candidates_;
   std::vector<std::uint8_t> critical_;  // [layer, expert]: 1 among top-k of a prediction, 2 top-2k

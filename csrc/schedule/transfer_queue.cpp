@@ -7,12 +7,12 @@ namespace spmoe {
 TransferQueue::TransferQueue(std::size_t capacity) { waiting_.reserve(capacity); }
 
 void TransferQueue::push(ExpertId expert, FillKind kind, double order) {
+  if (kind == FillKind::demand) order = 0;
   const auto place = std::ranges::find(waiting_, expert, &Entry::expert);
   if (place != waiting_.end()) {
     if (place->kind > kind || (place->kind == kind && place->order == order)) return;
     waiting_.erase(place);
   }
-  if (kind == FillKind::demand) order = 0;
   const auto behind = std::ranges::find_if(waiting_, [=](const Entry& entry) {
     return entry.kind < kind || (entry.kind == kind && entry.order > order);
   });

@@ -50,8 +50,9 @@ UseForecast::UseForecast(const SchedulerShape& shape)
 
 std::size_t UseForecast::bucket_of(float score) {
   if (!(score > lowest_score)) return 0;
-  const float octaves = std::log2(score / lowest_score);
-  return std::min(static_cast<std::size_t>(octaves * buckets_per_octave), bucket_count - 1);
+  // Sums of scores may be infinite, which no integer can hold.
+  const float steps = buckets_per_octave * std::log2(score / lowest_score);
+  return static_cast<std::size_t>(std::min(steps, static_cast<float>(bucket_count - 1)));
 }
 
 void UseForecast::predict(std::uint16_t layer, std::span<const float> scores) {
@@ -83,7 +84,7 @@ void UseForecast::observe(std::uint16_t layer, std::span<const std::uint16_t> ex
     // Nearly every expert has a row in so many tokens: what tells them apart is their share.
     std::fill_n(frequency, shape_.expert_count, 0.0F);
     for (std::size_t i = 0; i < experts.size(); ++i) {
-      const float share = static_cast<float>(rows[i]) / static_cast<float>(tokens);
+      const float share = std::min(1.0F, static_cast<float>(rows[i]) / static_cast<float>(tokens));
       frequency[experts[i]] = 1 - std::pow(1 - share, verified_tokens);
     }
   } else {

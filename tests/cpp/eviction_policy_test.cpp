@@ -3,19 +3,23 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <functional>
+#include <array>
+#include <iterator>
 #include <list>
 #include <memory>
-#include <optional>
 #include <random>
-#include <utility>
+#include <span>
+#include <string>
 #include <vector>
+
+#include "base/error.hpp"
+#include "message_of.hpp"
+#include "policy_world.hpp"
+#include "schedule/policies.hpp"
 
 namespace spmoe {
 namespace {
 
-using Factory =
-    std::function<std::unique_ptr<EvictionPolicy>(SlotIndex slot_count, std::uint16_t layer_count)>;
 using Trace = std::vector<ExpertId>;
 
 constexpr std::uint16_t layer_count = 4;
@@ -35,36 +39,61 @@ Trace random_trace(std::mt19937& random) {
   return trace;
 }
 
-/// A cache of `slot_count` slots under `policy`, which is shown every use of `trace`. Calls
-/// `on_victim` with each victim's candidates. Returns the number of hits.
+SchedulerShape shape_of(SlotIndex slot_count) {
+  return {layer_count, expert_count, slot_count, /*blob_bytes=*/1};
+}
+
+/// A policy by name, and all that it looks at.
+struct Made {
+  Made(const std::string& name, SlotIndex slot_count)
+      : world{shape_of(slot_count)},
+        policy{make_eviction_policy({.prefetch = "on-demand", .eviction = name}, world.view())} {}
+
+  EvictionPolicy* operator->() const { return policy.get(); }
+
+  PolicyWorld world;
+  std::unique_ptr<EvictionPolicy> policy;
+};
+
+/// A cache of `slot_count` slots under the policy `name`, which is shown every use of `trace` and
+/// knows it ahead of time. Calls `on_victim` with each victim. Returns the number of hits.
 template <class OnVictim>
-std::size_t replay(EvictionPolicy& policy, SlotIndex slot_count, const Trace& trace,
+std::size_t replay(const std::string& name, SlotIndex slot_count, const Trace& trace,
                    OnVictim on_victim) {
+  Made policy{name, slot_count};
+  for (const ExpertId use : trace) policy.world.trace.append(use.layer, std::array{use.expert});
   std::vector<Candidate> cached;
   std::size_t hits = 0;
+  std::uint16_t layer = 0;
   for (const ExpertId expert : trace) {
+    if (expert.layer < layer) {
+      policy->on_end_iteration();
+      policy.world.forecast.end_iteration();
+    }
+    layer = expert.layer;
+    policy.world.run(layer, std::array{expert.expert});
     auto held = std::ranges::find(cached, expert, &Candidate::resident);
     if (held != cached.end()) {
       ++hits;
     } else if (cached.size() < slot_count) {
       cached.push_back({static_cast<SlotIndex>(cached.size()), expert});
       held = cached.end() - 1;
-      policy.on_fill(held->slot, expert);
+      policy->on_fill(held->slot, expert);
     } else {
-      const SlotIndex victim = policy.victim(cached, expert.layer);
-      on_victim(cached, victim);
+      const SlotIndex victim = policy->victim(cached, layer);
+      on_victim(victim);
       held = std::ranges::find(cached, victim, &Candidate::slot);
       if (held == cached.end()) return hits;
       held->resident = expert;
-      policy.on_fill(held->slot, expert);
+      policy->on_fill(held->slot, expert);
     }
-    policy.on_use(held->slot);
+    policy->on_use(held->slot);
   }
   return hits;
 }
 
-std::size_t hits_of(EvictionPolicy& policy, SlotIndex slot_count, const Trace& trace) {
-  return replay(policy, slot_count, trace, [](const auto&, SlotIndex) {});
+std::size_t hits_of(const std::string& name, SlotIndex slot_count, const Trace& trace) {
+  return replay(name, slot_count, trace, [](SlotIndex) {});
 }
 
 /// Belady's rule: the victim is used again latest. No policy has more hits on the same trace.
@@ -85,17 +114,15 @@ std::size_t belady_hits(SlotIndex slot_count, const Trace& trace) {
 }
 
 // The contract of EvictionPolicy: every policy is run through every case below.
-class EvictionPolicyContract : public ::testing::TestWithParam<std::pair<const char*, Factory>> {
+class EvictionPolicyContract : public ::testing::TestWithParam<std::string> {
  protected:
-  static std::unique_ptr<EvictionPolicy> make(SlotIndex slot_count) {
-    return GetParam().second(slot_count, layer_count);
-  }
+  static Made make(SlotIndex slot_count) { return Made{GetParam(), slot_count}; }
 };
 
-TEST_P(EvictionPolicyContract, goes_by_its_name) { EXPECT_EQ(make(1)->name(), GetParam().first); }
+TEST_P(EvictionPolicyContract, goes_by_its_name) { EXPECT_EQ(make(1)->name(), GetParam()); }
 
 TEST_P(EvictionPolicyContract, the_only_candidate_is_the_victim) {
-  const auto policy = make(4);
+  const Made policy = make(4);
   for (SlotIndex slot = 0; slot < 4; ++slot) {
     policy->on_fill(slot, {2, static_cast<std::uint16_t>(slot)});
   }
@@ -109,13 +136,14 @@ TEST_P(EvictionPolicyContract, the_victim_is_always_a_candidate) {
   for (const std::uint32_t seed : {21U, 22U, 23U}) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     std::mt19937 random{seed};
-    const auto policy = make(5);
+    const Made policy = make(5);
     std::vector<Candidate> resident;
     for (SlotIndex slot = 0; slot < 5; ++slot) {
       resident.push_back({slot, {0, static_cast<std::uint16_t>(slot)}});
       policy->on_fill(slot, resident.back().resident);
     }
     for (int step = 0; step < 500; ++step) {
+      if (step % 16 == 0) policy->on_end_iteration();
       policy->on_use(static_cast<SlotIndex>(random() % 5));
       std::vector<Candidate> some;
       const std::size_t count = 1 + random() % 5;
@@ -132,7 +160,7 @@ TEST_P(EvictionPolicyContract, the_victim_is_always_a_candidate) {
 }
 
 TEST_P(EvictionPolicyContract, equal_candidates_resolve_to_the_lowest_slot) {
-  const auto policy = make(4);
+  const Made policy = make(4);
   const std::vector<Candidate> equal{{3, {1, 0}}, {1, {1, 0}}, {2, {1, 0}}};
   EXPECT_EQ(policy->victim(equal, 0), 1u);
 }
@@ -142,8 +170,7 @@ TEST_P(EvictionPolicyContract, the_same_history_gives_the_same_victims) {
   const Trace trace = random_trace(random);
   std::vector<SlotIndex> victims[2];
   for (auto& those : victims) {
-    const auto policy = make(7);
-    replay(*policy, 7, trace, [&](const auto&, SlotIndex victim) { those.push_back(victim); });
+    replay(GetParam(), 7, trace, [&](SlotIndex victim) { those.push_back(victim); });
   }
   EXPECT_FALSE(victims[0].empty());
   EXPECT_EQ(victims[0], victims[1]);
@@ -154,8 +181,7 @@ TEST_P(EvictionPolicyContract, never_beats_belady) {
     std::mt19937 random{seed};
     const Trace trace = random_trace(random);
     for (const SlotIndex slot_count : {2U, 5U, 9U, 16U, 24U}) {
-      const auto policy = make(slot_count);
-      EXPECT_LE(hits_of(*policy, slot_count, trace), belady_hits(slot_count, trace))
+      EXPECT_LE(hits_of(GetParam(), slot_count, trace), belady_hits(slot_count, trace))
           << "seed " << seed << ", " << slot_count << " slots";
     }
   }
@@ -164,17 +190,31 @@ TEST_P(EvictionPolicyContract, never_beats_belady) {
 TEST_P(EvictionPolicyContract, evicts_nothing_while_all_experts_fit) {
   std::mt19937 random{62};
   const Trace trace = random_trace(random);
-  const auto policy = make(layer_count * expert_count);
-  EXPECT_EQ(hits_of(*policy, layer_count * expert_count, trace),
+  EXPECT_EQ(hits_of(GetParam(), layer_count * expert_count, trace),
             belady_hits(layer_count * expert_count, trace));
 }
 
-INSTANTIATE_TEST_SUITE_P(all, EvictionPolicyContract,
-                         ::testing::Values(std::pair{"lru",
-                                                     Factory{[](SlotIndex slots, std::uint16_t) {
-                                                       return make_lru(slots);
-                                                     }}}),
-                         [](const auto& test) { return test.param.first; });
+INSTANTIATE_TEST_SUITE_P(all, EvictionPolicyContract, ::testing::ValuesIn(eviction_policy_names()),
+                         [](const auto& test) { return test_name(test.param); });
+
+TEST(EvictionPolicies, an_unknown_name_is_refused_with_those_there_are) {
+  const std::string message = message_of<InvalidArgument>([] { Made{"newest", 1}; });
+  EXPECT_TRUE(message.starts_with("eviction policy \"newest\" asked; use one of lru, lfu, "))
+      << message;
+}
+
+TEST(EvictionPolicies, auto_is_the_one_that_the_prefetch_policy_s_source_uses) {
+  const PolicyWorld world{shape_of(2)};
+  const auto name_for = [&](const char* prefetch) {
+    return std::string{make_eviction_policy({prefetch, "auto"}, world.view())->name()};
+  };
+  EXPECT_EQ(name_for("on-demand"), "lru");
+  EXPECT_EQ(name_for("sp-moe"), "lru");
+  EXPECT_EQ(name_for("activation-trace"), "activation-reuse");
+  EXPECT_EQ(name_for("horizon"), "predicted-use");
+  EXPECT_EQ(name_for("oracle"), "belady");
+  EXPECT_THROW(name_for("psychic"), InvalidArgument);
+}
 
 TEST(Belady, keeps_what_is_used_again_soonest) {
   const ExpertId a{0, 0};
@@ -182,9 +222,9 @@ TEST(Belady, keeps_what_is_used_again_soonest) {
   const ExpertId c{0, 2};
   // c takes the place of a, whose next use is the later one: only the last a is a second miss.
   EXPECT_EQ(belady_hits(2, {a, b, c, b, c, b, a}), 3u);
-  EXPECT_EQ(hits_of(*make_lru(2), 2, {a, b, c, b, c, b, a}), 3u);
+  EXPECT_EQ(hits_of("lru", 2, {a, b, c, b, c, b, a}), 3u);
   EXPECT_EQ(belady_hits(2, {a, b, c, a, b, c}), 2u);
-  EXPECT_EQ(hits_of(*make_lru(2), 2, {a, b, c, a, b, c}), 0u);  // a loop is its worst case
+  EXPECT_EQ(hits_of("lru", 2, {a, b, c, a, b, c}), 0u);  // a loop is its worst case
 }
 
 TEST(Lru, evicts_the_slot_whose_last_use_or_fill_is_longest_ago) {
@@ -213,8 +253,125 @@ TEST(Lru, agrees_with_a_list_in_the_order_of_use) {
       by_use.push_back(expert);
       if (by_use.size() > 8) by_use.pop_front();
     }
-    EXPECT_EQ(hits_of(*make_lru(8), 8, trace), hits);
+    EXPECT_EQ(hits_of("lru", 8, trace), hits);
   }
+}
+
+TEST(Belady, has_as_many_hits_as_its_rule_allows) {
+  for (std::uint32_t seed = 81; seed < 86; ++seed) {
+    std::mt19937 random{seed};
+    const Trace trace = random_trace(random);
+    for (const SlotIndex slot_count : {2U, 7U, 16U}) {
+      EXPECT_EQ(hits_of("belady", slot_count, trace), belady_hits(slot_count, trace))
+          << "seed " << seed << ", " << slot_count << " slots";
+    }
+  }
+}
+
+TEST(Belady, knows_nothing_once_the_run_has_left_the_trace) {
+  RoutingTrace trace{1, 4};
+  trace.append(0, std::array<std::uint16_t, 1>{1});
+  trace.append(0, std::array<std::uint16_t, 1>{0});
+  const auto policy = make_belady(trace);
+  const std::vector<Candidate> both{{0, {0, 0}}, {1, {0, 1}}};
+  EXPECT_EQ(policy->victim(both, 0), 0u);
+  trace.advance(0, std::array<std::uint16_t, 1>{1});
+  EXPECT_EQ(policy->victim(both, 0), 1u);  // not used again
+  trace.advance(0, std::array<std::uint16_t, 1>{3});
+  EXPECT_EQ(policy->victim(both, 0), 0u);  // equals
+}
+
+TEST(Lfu, evicts_the_slot_used_least_often_since_it_was_filled) {
+  const auto policy = make_lfu(3);
+  const std::vector<Candidate> all{{0, {0, 0}}, {1, {0, 1}}, {2, {0, 2}}};
+  for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
+  for (const SlotIndex slot : {1U, 0U, 0U, 2U}) policy->on_use(slot);
+  EXPECT_EQ(policy->victim(all, 0), 1u);  // one use, longer ago than that of slot 2
+  policy->on_use(1);
+  EXPECT_EQ(policy->victim(all, 0), 2u);
+  policy->on_fill(0, {1, 0});
+  EXPECT_EQ(policy->victim(all, 0), 0u);  // its uses were the former expert's
+}
+
+TEST(NextUse, evicts_the_layer_that_runs_again_latest) {
+  const auto policy = make_next_use(/*slot_count=*/3, /*layer_count=*/8);
+  const std::vector<Candidate> all{{0, {3, 0}}, {1, {5, 0}}, {2, {3, 1}}};
+  for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
+  EXPECT_EQ(policy->victim(all, /*current_layer=*/4), 0u);  // layer 3 has just run
+  policy->on_use(0);
+  EXPECT_EQ(policy->victim(all, 4), 2u);  // the oldest use of a layer leaves first
+  EXPECT_EQ(policy->victim(all, 3), 1u);
+}
+
+TEST(LeastStale, evicts_what_this_pass_left_behind_then_what_is_to_come_then_what_it_touched) {
+  const auto policy = make_least_stale(/*slot_count=*/4, /*layer_count=*/4);
+  const std::vector<Candidate> all{{0, {3, 0}}, {1, {2, 0}}, {2, {0, 0}}, {3, {1, 0}}};
+  for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
+  policy->on_end_iteration();
+  policy->on_use(2);
+  std::vector<SlotIndex> victims;
+  for (std::vector<Candidate> left = all; !left.empty();) {
+    victims.push_back(policy->victim(left, /*current_layer=*/2));
+    std::erase_if(left, [&](const Candidate& each) { return each.slot == victims.back(); });
+  }
+  EXPECT_EQ(victims, (std::vector<SlotIndex>{3, 1, 0, 2}));
+}
+
+TEST(LeastStale, evicts_the_oldest_of_what_this_pass_touched) {
+  const auto policy = make_least_stale(/*slot_count=*/2, /*layer_count=*/4);
+  const std::vector<Candidate> both{{0, {1, 0}}, {1, {0, 0}}};
+  policy->on_fill(0, {1, 0});
+  policy->on_fill(1, {0, 0});
+  EXPECT_EQ(policy->victim(both, 2), 0u);
+  policy->on_use(0);
+  EXPECT_EQ(policy->victim(both, 2), 1u);
+}
+
+TEST(PredictedUse, evicts_what_is_predicted_to_go_unused) {
+  UseForecast forecast{shape_of(2)};
+  const auto policy = make_predicted_use(forecast, layer_count);
+  const std::vector<Candidate> both{{0, {1, 0}}, {1, {1, 1}}};
+  forecast.predict(1, std::array{1.5F, 0.01F, 0.0F, 0.0F, 0.0F, 0.0F});
+  EXPECT_EQ(policy->victim(both, 0), 1u);
+  forecast.end_iteration();
+  forecast.predict(1, std::array{0.01F, 1.5F, 0.0F, 0.0F, 0.0F, 0.0F});
+  EXPECT_EQ(policy->victim(both, 0), 0u);
+}
+
+TEST(PredictedUse, goes_by_frequency_where_nothing_is_predicted) {
+  UseForecast forecast{shape_of(2)};
+  const auto policy = make_predicted_use(forecast, layer_count);
+  const std::vector<std::uint32_t> one_row{1};
+  for (int pass = 0; pass < 3; ++pass) {
+    forecast.observe(1, std::array<std::uint16_t, 1>{0}, one_row, 1);
+    forecast.end_iteration();
+  }
+  EXPECT_EQ(policy->victim(std::vector<Candidate>{{0, {1, 0}}, {1, {1, 1}}}, 0), 1u);
+}
+
+TEST(PredictedUse, of_equals_evicts_the_layer_that_runs_again_latest) {
+  UseForecast forecast{shape_of(2)};
+  const auto policy = make_predicted_use(forecast, layer_count);
+  // A prompt that used none of them leaves nothing to tell them apart by.
+  for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
+    forecast.observe(layer, {}, {}, 100);
+  }
+  const std::vector<Candidate> both{{0, {2, 0}}, {1, {1, 0}}};
+  EXPECT_EQ(policy->victim(both, /*current_layer=*/2), 1u);
+  EXPECT_EQ(policy->victim(both, /*current_layer=*/1), 0u);
+}
+
+TEST(ActivationReuse, evicts_the_lowest_share_of_the_nearest_past_request_and_late_layers_first) {
+  PolicyWorld world{shape_of(2)};
+  const auto policy = make_activation_reuse(world.history);
+  const std::vector<Candidate> late{{0, {1, 0}}, {1, {3, 0}}};
+  EXPECT_EQ(policy->victim(late, 0), 1u);  // nothing is known
+  world.run(1, std::array<std::uint16_t, 2>{0, 2});
+  world.run(3, std::array<std::uint16_t, 1>{0});
+  world.history.begin_request();
+  world.run(1, std::array<std::uint16_t, 1>{2});
+  const std::vector<Candidate> seen{{0, {1, 0}}, {1, {1, 1}}};
+  EXPECT_EQ(policy->victim(seen, 0), 1u);  // the past request never used it
 }
 
 }  // namespace

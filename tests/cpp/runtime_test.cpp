@@ -294,6 +294,49 @@ TEST(Runtime, gives_the_same_bits_with_predictions) {
   EXPECT_EQ(stats.accepted, 18u);
 }
 
+TEST(Runtime, gives_the_same_bits_under_every_policy_whatever_another_thread_predicts) {
+  const auto calls = conversation(31);
+  for (const std::string& prefetch : prefetch_policy_names()) {
+    for (const std::string& eviction : eviction_policy_names()) {
+      SCOPED_TRACE(prefetch + " with " + eviction);
+      RuntimeOptions some = options(7);
+      some.policies = {prefetch, eviction};
+      Runtime runtime{store(), some};
+      runtime.set_limits({.cutoff_layer = 2,
+                          .budget_bytes = std::vector<std::uint64_t>(layer_count, 4 * slot_bytes),
+                          .break_even = 0.3F});
+      RoutingTrace trace{layer_count, expert_count};
+      trace.append(0, std::vector<std::uint16_t>{0, 1, 2, 3, 4, 5, 6, 7});
+      trace.append(1, std::vector<std::uint16_t>{0, 1, 2, 3, 4, 5, 6, 7});
+      trace.append(2, std::vector<std::uint16_t>{5});  // which the run leaves
+      runtime.replay_routing(std::move(trace));
+      std::atomic<bool> stop{false};
+      std::thread predictor{[&] {
+        std::mt19937 random{32};
+        std::vector<float> scores(expert_count);
+        while (!stop) {
+          for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
+            std::ranges::generate(scores, [&] {
+              return random() % 9 == 0 ? std::nanf("") : static_cast<float>(random() % 100) / 50;
+            });
+            runtime.predict(layer, scores,
+                            random() % 2 == 0 ? PredictionSource::draft : PredictionSource::target);
+          }
+          if (random() % 8 == 0) runtime.begin_request();
+        }
+      }};
+      const auto outs = run(runtime, calls);
+      stop = true;
+      predictor.join();
+      expect_same_bits(outs, 31);
+      EXPECT_EQ(runtime.stats().policy, prefetch);
+      EXPECT_EQ(runtime.stats().eviction, eviction);
+      runtime.close();
+      EXPECT_EQ(moved(total(runtime)), runtime.stats().link.bytes);
+    }
+  }
+}
+
 TEST(Runtime, gives_the_same_bits_from_a_file) {
   const auto in_file = std::make_shared<FakeStore>(format, layer_count, expert_count);
   in_file->move_to_file();

@@ -80,6 +80,67 @@ TEST(TransferQueue, a_layer_is_cancelled_by_kind) {
   EXPECT_EQ(drain(queue), (Entries{{{1, 1}, demand}, {{2, 0}, prefetch}}));
 }
 
+TEST(TransferQueue, prefetches_are_served_by_order_and_of_the_same_by_arrival) {
+  TransferQueue queue{8};
+  queue.push({0, 0}, prefetch, 2.5);
+  queue.push({0, 1}, prefetch, -1);
+  queue.push({0, 2}, prefetch, 2.5);
+  queue.push({0, 3}, demand, 9);  // demands have none
+  queue.push({0, 4}, prefetch);
+  EXPECT_EQ(drain(queue), (Entries{{{0, 3}, demand},
+                                   {{0, 1}, prefetch},
+                                   {{0, 4}, prefetch},
+                                   {{0, 0}, prefetch},
+                                   {{0, 2}, prefetch}}));
+}
+
+TEST(TransferQueue, a_prefetch_whose_order_changes_moves) {
+  TransferQueue queue{8};
+  queue.push({0, 0}, prefetch, 1);
+  queue.push({0, 1}, prefetch, 2);
+  queue.push({0, 2}, prefetch, 3);
+  queue.push({0, 2}, prefetch, 1);  // behind the one that had that order before
+  queue.push({0, 1}, prefetch, 2);  // keeps its place
+  EXPECT_EQ(drain(queue), (Entries{{{0, 0}, prefetch}, {{0, 2}, prefetch}, {{0, 1}, prefetch}}));
+}
+
+TEST(TransferQueue, a_demand_keeps_its_place_whatever_order_is_given) {
+  TransferQueue queue{8};
+  queue.push({0, 0}, demand, 5);
+  queue.push({0, 1}, demand);
+  queue.push({0, 0}, demand, 5);
+  queue.push({0, 0}, demand, 7);
+  queue.push({0, 0}, prefetch, -1);
+  EXPECT_EQ(drain(queue), (Entries{{{0, 0}, demand}, {{0, 1}, demand}}));
+}
+
+TEST(TransferQueue, an_expert_is_cancelled_by_kind) {
+  TransferQueue queue{8};
+  queue.push({0, 0}, demand);
+  queue.push({0, 1}, prefetch);
+  EXPECT_FALSE(queue.cancel({0, 0}, prefetch));
+  EXPECT_FALSE(queue.cancel({0, 1}, demand));
+  EXPECT_EQ(queue.size(), 2u);
+  EXPECT_TRUE(queue.cancel({0, 1}, prefetch));
+  EXPECT_TRUE(queue.cancel({0, 0}, demand));
+  EXPECT_TRUE(queue.empty());
+}
+
+TEST(TransferQueue, all_of_a_kind_are_cancelled) {
+  TransferQueue queue{8};
+  queue.push({0, 0}, demand);
+  queue.push({1, 1}, prefetch, 1);
+  queue.push({2, 1}, prefetch, 2);
+  queue.push({2, 2}, demand);
+  EXPECT_EQ(queue.cancel_all(prefetch), 2u);
+  EXPECT_EQ(queue.cancel_all(prefetch), 0u);
+  EXPECT_EQ(drain(queue), (Entries{{{0, 0}, demand}, {{2, 2}, demand}}));
+  queue.push({1, 1}, prefetch);
+  queue.push({0, 0}, demand);
+  EXPECT_EQ(queue.cancel_all(demand), 1u);
+  EXPECT_EQ(drain(queue), (Entries{{{1, 1}, prefetch}}));
+}
+
 TEST(TransferQueue, agrees_with_two_plain_lists_and_allocates_nothing) {
   for (const std::uint32_t seed : {11U, 12U, 13U}) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
