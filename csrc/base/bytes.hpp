@@ -15,7 +15,8 @@ inline std::string format_bytes(std::uint64_t bytes) {
   // From 1023.95 on, "%.1f" would print 1024.0.
   for (; value >= (unit == 0 ? 1024 : 1023.95) && unit + 1 < units.size(); ++unit) value /= 1024;
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+  static_cast<void>(std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s",
+                                  value, units[unit]));
   return text.data();
 }
 

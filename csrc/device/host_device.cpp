@@ -10,6 +10,7 @@
 #include <cstring>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -40,7 +41,7 @@ std::string copy_piece(const CopyOp& piece) {
              " bytes short: it was truncated after it was opened";
     } else if (errno != EINTR) {
       return "read of " + std::to_string(piece.src.bytes - done) + " bytes at offset " +
-             std::to_string(offset) + " failed: " + std::strerror(errno);
+             std::to_string(offset) + " failed: " + std::generic_category().message(errno);
     }
   }
   return {};
@@ -87,7 +88,7 @@ class CopyPool {
 
   ~CopyPool() {
     {
-      const std::lock_guard lock{mutex_};
+      const std::scoped_lock lock{mutex_};
       stopping_ = true;
     }
     work_.notify_all();
@@ -95,7 +96,7 @@ class CopyPool {
   }
 
   Fence submit(BatchLog& log, StreamPriority priority, std::span<const CopyOp> ops) {
-    const std::lock_guard lock{mutex_};
+    const std::scoped_lock lock{mutex_};
     const Fence fence = log.first_open + log.open.size();
     std::uint32_t pieces = 0;
     // All threads may be at a prefetch when a demand comes: together they hold it up by one piece.
@@ -136,12 +137,12 @@ class CopyPool {
   }
 
   void inject(const LinkFaults& faults) {
-    const std::lock_guard lock{mutex_};
+    const std::scoped_lock lock{mutex_};
     pacer_.inject(faults);
   }
 
   LinkStats stats() {
-    const std::lock_guard lock{mutex_};
+    const std::scoped_lock lock{mutex_};
     LinkStats now = stats_;
     if (active_ > 0) now.busy_s += seconds_since(busy_from_);
     return now;
@@ -252,8 +253,9 @@ class ThreadedHostDevice final : public HostDevice {
     if (data == MAP_FAILED) {
       const auto free_bytes = static_cast<std::uint64_t>(::sysconf(_SC_AVPHYS_PAGES)) *
                               static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-      throw OutOfMemory{"no memory for " + format_bytes(bytes) + ": " + std::strerror(errno) +
-                        ", " + format_bytes(free_bytes) + " free on host; lower expert_memory"};
+      throw OutOfMemory{"no memory for " + format_bytes(bytes) + ": " +
+                        std::generic_category().message(errno) + ", " + format_bytes(free_bytes) +
+                        " free on host; lower expert_memory"};
     }
     ::madvise(data, bytes, MADV_HUGEPAGE);  // a hint: failure changes speed alone
     return static_cast<std::byte*>(data);

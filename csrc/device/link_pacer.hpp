@@ -17,7 +17,7 @@ class LinkPacer {
  public:
   using Clock = std::chrono::steady_clock;
   struct Ticket {
-    Clock::time_point until{};  ///< the piece may not end earlier; epoch: at once
+    Clock::time_point until;  ///< the piece may not end earlier; epoch: at once
     bool fail = false;
   };
 
@@ -57,7 +57,7 @@ class LinkPacer {
   double gbps_;
   LinkFaults faults_;
   std::uint64_t copies_ = 0;
-  Clock::time_point free_{};
+  Clock::time_point free_;
   std::minstd_rand random_;
 };
 

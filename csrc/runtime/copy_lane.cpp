@@ -15,7 +15,7 @@ CopyLane::CopyLane(Device& device, StreamPriority priority, OnLanded on_landed)
 
 CopyLane::~CopyLane() {
   {
-    const std::lock_guard lock{mutex_};
+    const std::scoped_lock lock{mutex_};
     stopping_ = true;
   }
   submitted_.notify_all();
@@ -24,7 +24,7 @@ CopyLane::~CopyLane() {
 
 void CopyLane::submit(const Fill& fill, std::span<const CopyOp> ops) {
   {
-    const std::lock_guard lock{mutex_};
+    const std::scoped_lock lock{mutex_};
     Pending pending{fill, 0, {}, now_s()};
     try {
       pending.fence = stream_->copy_batch(ops);
@@ -37,7 +37,7 @@ void CopyLane::submit(const Fill& fill, std::span<const CopyOp> ops) {
 }
 
 std::size_t CopyLane::in_flight() const {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   return pending_.size();
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "base/error.hpp"
 
@@ -17,7 +18,7 @@ void RoutedRows::assign(std::span<const std::int64_t> top_k_index, std::uint32_t
   std::ranges::fill(begin_, 0U);
   for (std::size_t i = 0; i < top_k_index.size(); ++i) {
     const std::int64_t expert = top_k_index[i];
-    if (expert < 0 || static_cast<std::size_t>(expert) >= expert_count) {
+    if (expert < 0 || std::cmp_greater_equal(expert, expert_count)) {
       throw InvalidArgument{"top_k_index[" + std::to_string(i / k) + ", " + std::to_string(i % k) +
                             "] is " + std::to_string(expert) + ", but the layer has experts 0 to " +
                             std::to_string(expert_count - 1)};

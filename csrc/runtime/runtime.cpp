@@ -75,12 +75,12 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
 Runtime::~Runtime() { close(); }
 
 void Runtime::close() {
-  const std::lock_guard call{call_mutex_};
+  const std::scoped_lock call{call_mutex_};
   std::unique_ptr<CopyLane> demand;
   std::unique_ptr<CopyLane> prefetch;
   {
     // Without lanes nothing more starts; what is under way still lands in the pool.
-    const std::lock_guard lock{mutex_};
+    const std::scoped_lock lock{mutex_};
     demand.swap(demand_lane_);
     prefetch.swap(prefetch_lane_);
   }
@@ -103,7 +103,7 @@ void Runtime::require_open(std::uint16_t layer) const {
 std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slot * slot_stride_; }
 
 void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
-  const std::lock_guard call{call_mutex_};  // `close` takes it too, so what is open stays open
+  const std::scoped_lock call{call_mutex_};  // `close` takes it too, so what is open stays open
   require_open(layer);
   const std::size_t hidden = store_->format().hidden;
   const std::size_t pairs = std::size_t{args.tokens} * args.k;
@@ -206,7 +206,7 @@ void Runtime::start_fills() {
 }
 
 void Runtime::on_landed(const CopyLane::Landed& landed) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   const Fill& fill = landed.fill;
   if (landed.error.empty()) {
     scheduler_.filled(fill.slot);
@@ -221,13 +221,13 @@ void Runtime::on_landed(const CopyLane::Landed& landed) {
 }
 
 void Runtime::begin_request() {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   require_open(0);
   scheduler_.begin_request();
 }
 
 void Runtime::predict(std::uint16_t layer, std::span<const float> scores, PredictionSource source) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   require_open(layer);
   if (scores.size() != store_->expert_count()) {
     throw InvalidArgument{std::to_string(scores.size()) + " scores given, but a layer has " +
@@ -238,7 +238,7 @@ void Runtime::predict(std::uint16_t layer, std::span<const float> scores, Predic
 }
 
 void Runtime::set_limits(const PrefetchLimits& limits) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   require_open(0);
   if (!limits.budget_bytes.empty() && limits.budget_bytes.size() != store_->layer_count()) {
     throw InvalidArgument{"budgets for " + std::to_string(limits.budget_bytes.size()) +
@@ -249,33 +249,33 @@ void Runtime::set_limits(const PrefetchLimits& limits) {
 }
 
 void Runtime::record_routing(bool on) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   scheduler_.record(on);
 }
 
 RoutingTrace Runtime::recorded_routing() const {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   return scheduler_.recorded();
 }
 
 void Runtime::replay_routing(RoutingTrace trace) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   scheduler_.replay(std::move(trace));
 }
 
 std::vector<Span> Runtime::spans() const {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   return trace_.spans();
 }
 
 std::vector<UseForecast::Bucket> Runtime::calibration() const {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   const auto buckets = scheduler_.forecast().calibration();
   return {buckets.begin(), buckets.end()};
 }
 
 void Runtime::end_iteration(std::uint32_t accepted) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   require_open(0);
   ++iterations_;
   accepted_ += accepted;
@@ -283,13 +283,13 @@ void Runtime::end_iteration(std::uint32_t accepted) {
 }
 
 void Runtime::inject(const LinkFaults& faults) {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   require_open(0);
   device_->inject(faults);
 }
 
 RuntimeStats Runtime::stats() const {
-  const std::lock_guard lock{mutex_};
+  const std::scoped_lock lock{mutex_};
   RuntimeStats stats;
   stats.layers.assign(scheduler_.stats().begin(), scheduler_.stats().end());
   for (std::size_t layer = 0; layer < stats.layers.size(); ++layer) {

@@ -14,8 +14,10 @@ std::size_t count_selected(std::span<const float> scores) {
 void append_critical(std::span<const float> scores, std::size_t count,
                      std::vector<std::uint16_t>& experts) {
   const auto first = static_cast<std::ptrdiff_t>(experts.size());
-  for (std::uint16_t expert = 0; expert < scores.size(); ++expert) {
-    if (scores[expert] > 0 && std::isfinite(scores[expert])) experts.push_back(expert);
+  for (std::size_t expert = 0; expert < scores.size(); ++expert) {
+    if (scores[expert] > 0 && std::isfinite(scores[expert])) {
+      experts.push_back(static_cast<std::uint16_t>(expert));
+    }
   }
   const auto begin = experts.begin() + first;
   const auto middle =

@@ -16,7 +16,7 @@ class Lru final : public EvictionPolicy {
   void on_use(SlotIndex slot) override { last_use_[slot] = ++clock_; }
 
   SlotIndex victim(std::span<const Candidate> candidates, std::uint16_t) override {
-    auto age = [&](const Candidate& c) { return std::tuple{last_use_[c.slot], c.slot}; };
+    const auto age = [&](const Candidate& c) { return std::tuple{last_use_[c.slot], c.slot}; };
     return std::ranges::min_element(candidates, {}, age)->slot;
   }
 

@@ -47,7 +47,7 @@ struct Log {
 
   CopyLane::OnLanded listener() {
     return [this](const CopyLane::Landed& landed) {
-      const std::lock_guard lock{mutex};
+      const std::scoped_lock lock{mutex};
       told.emplace_back(landed.fill.slot, landed.error);
     };
   }
@@ -109,7 +109,7 @@ TEST(CopyLane, a_fill_is_in_flight_until_it_is_told) {
   std::mutex gate;
   std::unique_lock closed{gate};
   CopyLane lane{*device, StreamPriority::demand,
-                [&](const CopyLane::Landed&) { const std::lock_guard wait_for_the_test{gate}; }};
+                [&](const CopyLane::Landed&) { const std::scoped_lock wait_for_the_test{gate}; }};
   EXPECT_EQ(lane.in_flight(), 0u);
   for (SlotIndex slot = 0; slot < 3; ++slot) lane.submit(fill_of(slot), {});
   // The worker tells of the first and waits at the gate.
