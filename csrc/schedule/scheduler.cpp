@@ -66,6 +66,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
   if (rows.empty()) rows = std::span{one_row_}.first(experts.size());
   layer_ = layer;
   next_layer_ = static_cast<std::uint16_t>((layer + 1) % shape_.layer_count);
+  ahead_layer_ = no_layer;
   for (const std::uint16_t expert : experts) {
     const ExpertId id{layer, expert};
     const auto slot = slots_.find(id);
@@ -115,6 +116,7 @@ void Scheduler::forget_predictions(std::uint16_t layer) {
 
 void Scheduler::read_ahead(std::uint16_t layer) {
   if (layer >= shape_.layer_count) return;
+  ahead_layer_ = layer;
   for (std::uint16_t expert = 0; expert < shape_.expert_count; ++expert) {
     if (const auto slot = slots_.find({layer, expert})) {
       fills_[*slot].fresh = true;  // or its neighbours would be read into its place
@@ -173,7 +175,9 @@ bool Scheduler::make_room(const TransferQueue::Entry& incoming) {
     }
     if (!candidates_.empty()) {
       const SlotIndex victim = eviction_->victim(candidates_, next_layer_);
-      if (prefetch && !prefetch_->admits({incoming.expert, slots_[victim].expert, waiting})) {
+      const bool certain = incoming.expert.layer == ahead_layer_;  // not a prediction
+      if (prefetch && !certain &&
+          !prefetch_->admits({incoming.expert, slots_[victim].expert, waiting})) {
         return false;
       }
       slots_.evict(victim);
@@ -240,6 +244,7 @@ bool Scheduler::failed(SlotIndex slot) {
 void Scheduler::end_iteration() {
   for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) forget_predictions(layer);
   next_layer_ = 0;
+  ahead_layer_ = no_layer;
   std::ranges::fill(critical_, std::uint8_t{0});
   forecast_.end_iteration();
   eviction_->on_end_iteration();

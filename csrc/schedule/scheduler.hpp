@@ -132,7 +132,9 @@ class Scheduler {
 
   std::uint16_t layer_ = 0;       // of the running or the last need
   std::uint16_t next_layer_ = 0;  // that will be needed next: what `layer_` needs is leased
-  std::vector<Want> wants_;       // by expert of `layer_`
+  static constexpr std::uint16_t no_layer = 0xFFFF;
+  std::uint16_t ahead_layer_ = no_layer;  // of the prompt under way, being read ahead
+  std::vector<Want> wants_;               // by expert of `layer_`
   std::vector<ReadyExpert> landed_;
   std::vector<Candidate> candidates_;
   std::vector<std::uint8_t> critical_;  // [layer, expert]: 1 among top-k of a prediction, 2 top-2k

@@ -342,6 +342,15 @@ TEST(Scheduler, an_abandoned_need_ends_its_leases_and_withdraws_its_demands) {
   EXPECT_EQ(total(scheduler).prefetch_bytes, blob_bytes);
 }
 
+TEST(Scheduler, a_prompt_is_read_ahead_whatever_the_policy_admits) {
+  for (const char* policy : {"on-demand", "sp-moe", "horizon", "oracle"}) {
+    Scheduler scheduler{{2, 4, 4, blob_bytes}, {policy, "auto"}};
+    run(scheduler, 0, all_of(4));  // fills every slot
+    EXPECT_EQ(land_prefetches(scheduler).size(), 4u) << policy;
+    EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 4 * blob_bytes) << policy;
+  }
+}
+
 TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
   Scheduler scheduler = make(2, 4, 4);
   run(scheduler, 0, all_of(4));
