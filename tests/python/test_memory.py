@@ -66,6 +66,15 @@ def sizes(checkpoint: Path) -> tuple[int, int, int]:
     return sum(file.stat().st_size for file in files), dense, experts
 
 
+def test_the_peak_is_this_process_own_and_not_its_parents() -> None:
+    ballast = b"x" * (600 * MIB)
+    code = "from spmoe.metrics import peak_rss_bytes; print(peak_rss_bytes())"
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, preexec_fn=int
+    )
+    assert int(child.stdout) < len(ballast)
+
+
 @pytest.mark.pair
 def test_memory_stays_under_dense_part_budget_and_overhead(
     pair: Pair, confine: Callable[[int], Callable[[], None] | None]
