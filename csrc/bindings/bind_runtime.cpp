@@ -58,21 +58,22 @@ py::dict to_dict(const LayerStats& stats) {
                   "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
 }
 
-py::dict to_dict(const RuntimeStats& stats) {
+py::dict to_dict(const RuntimeStats& stats, bool by_layer) {
   using namespace py::literals;
   LayerStats total;
-  py::list layers;
-  for (const LayerStats& layer : stats.layers) {
-    total += layer;
-    layers.append(to_dict(layer));
-  }
+  for (const LayerStats& layer : stats.layers) total += layer;
   py::dict result = to_dict(total);
   result.attr("update")(py::dict(
       "link_bytes"_a = stats.link.bytes, "link_busy_s"_a = stats.link.busy_s,
       "slots"_a = stats.slot_count, "resident"_a = stats.resident_count,
       "iterations"_a = stats.iterations, "accepted"_a = stats.accepted, "isa"_a = stats.isa,
       "policy"_a = stats.policy, "eviction"_a = stats.eviction, "queue_depth"_a = stats.queue_depth,
-      "prefetch_before_demand"_a = stats.link.prefetch_before_demand, "layers"_a = layers));
+      "prefetch_before_demand"_a = stats.link.prefetch_before_demand));
+  if (by_layer) {
+    py::list layers;
+    for (const LayerStats& layer : stats.layers) layers.append(to_dict(layer));
+    result["layers"] = layers;
+  }
   return result;
 }
 
@@ -220,7 +221,10 @@ void bind_runtime(py::module_& m) {
           },
           py::arg("fail_at_copy") = 0U, py::arg("delay_seed") = 0U, py::arg("max_delay_us") = 0U,
           "Plant faults in the link, for tests: the n-th piece fails, pieces wait at random.")
-      .def("stats", [](const Runtime& runtime) { return to_dict(runtime.stats()); })
+      .def(
+          "stats",
+          [](const Runtime& runtime, bool by_layer) { return to_dict(runtime.stats(), by_layer); },
+          py::arg("by_layer") = true)
       .def("close", &Runtime::close, py::call_guard<py::gil_scoped_release>());
 }
 

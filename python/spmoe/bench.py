@@ -18,11 +18,19 @@ from typing import Any
 import torch
 
 from spmoe import speculative
-from spmoe.engine import Engine, resolve_dtype
+from spmoe.costs import Costs
+from spmoe.engine import Engine
 from spmoe.errors import InvalidArgument
 from spmoe.metrics import cpu_model
 from spmoe.models.cached import CachedCausalLM
-from spmoe.models.loading import load_draft, load_plain, load_target, load_tokenizer
+from spmoe.models.loading import (
+    load_draft,
+    load_plain,
+    load_target,
+    load_tokenizer,
+    resolve_dtype,
+)
+from spmoe.profile import Fingerprint, estimate, known_costs
 from spmoe.progress import Progress, silent
 from spmoe.prompts import Prompt
 from spmoe.runtime import POLICIES, Runtime
@@ -61,6 +69,7 @@ class _Models:
     target: Any
     tokenizer: Any
     draft: Any
+    costs: Costs
 
 
 _COUNTERS = (
@@ -120,11 +129,7 @@ def bench(
         for cell in itertools.starmap(Cell, grid)
         if (cell.policy, cell.draft_length) != ("oracle", "auto")
     ]
-    models = _Models(
-        load_target(target, dtype=resolve_dtype(dtype)),
-        load_tokenizer(target),
-        load_draft(draft) if draft is not None else None,
-    )
+    models = _load(target, draft, dtype=resolve_dtype(dtype), link_gbps=link_gbps)
     runs = len(prompts) * (1 + len(draft_lengths) + repeats * len(cells))
     done = itertools.count(1)
 
@@ -171,21 +176,39 @@ def bench(
     }
 
 
+def _load(
+    target: str | PathLike[str],
+    draft: str | PathLike[str] | None,
+    *,
+    dtype: torch.dtype,
+    link_gbps: float,
+) -> _Models:
+    loaded = load_target(target, dtype=dtype)
+    drafter = load_draft(draft) if draft is not None else None
+    fingerprint = Fingerprint.of(target, draft, dtype=dtype, device="auto", link_gbps=link_gbps)
+    costs = known_costs(fingerprint) or estimate(
+        loaded, drafter, expert_memory="50%", link_gbps=link_gbps
+    )
+    return _Models(loaded, load_tokenizer(target), drafter, costs)
+
+
 def _engine(models: _Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine:
     target = models.target
-    runtime = Runtime(
-        target.store,
+    runtime = target.open_runtime(
         expert_memory=cell.expert_memory,
-        experts_per_token=target.experts_per_token,
-        activation=target.activation,
-        alpha=target.alpha,
-        limit=target.limit,
         link_gbps=link_gbps,
         policy=cell.policy,
         eviction=cell.eviction,
     )
     draft = models.draft if cell.draft_length != 0 else None
-    return Engine(target, models.tokenizer, runtime, draft=draft, draft_length=cell.draft_length)
+    return Engine(
+        target,
+        models.tokenizer,
+        runtime,
+        draft=draft,
+        draft_length=cell.draft_length,
+        costs=models.costs,
+    )
 
 
 def _alone(

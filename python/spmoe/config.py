@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Literal
 
 from spmoe.errors import InvalidArgument
@@ -55,6 +57,14 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def default_cache() -> Path:
+    """Return the user's cache folder for spmoe: ``SPMOE_CACHE``, or as the XDG rules say."""
+    if chosen := os.environ.get("SPMOE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "spmoe"
 
 
 def check_draft_length(draft_length: int | str) -> int | Literal["auto"]:

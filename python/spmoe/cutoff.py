@@ -8,63 +8,9 @@ Source: SP-MoE, arXiv:2510.10302, section 3.2; the deadlines and budgets of `hor
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What one machine needs for one pair; measured, never a constant of the code.
-
-    Attributes:
-        draft_s: One draft step, seconds.
-        layer_s: Rows of a verification -> one target layer with everything resident, seconds.
-        copy_s: Experts in a batch -> the whole batch from store to slots, seconds.
-        expert_bytes: One expert.
-    """
-
-    draft_s: float
-    layer_s: Mapping[int, float]
-    copy_s: Mapping[int, float]
-    expert_bytes: int
-
-    def __post_init__(self) -> None:
-        """Refuse costs that were not measured."""
-        times = [self.draft_s, *self.layer_s.values(), *self.copy_s.values()]
-        if not (
-            self.layer_s
-            and self.copy_s
-            and all(math.isfinite(time) and time >= 0 for time in times)
-            and self.expert_bytes > 0
-        ):
-            raise ValueError(
-                f"costs must be measured and non-negative, got {self}; run `spmoe profile`"
-            )
-
-    def layer_at(self, rows: int) -> float:
-        """Return seconds of one target layer over ``rows`` tokens."""
-        return interpolate(self.layer_s, rows)
-
-    def expert_copy_s(self, batch: int = 8) -> float:
-        """Return seconds an expert takes on the link, inside a batch of so many."""
-        return interpolate(self.copy_s, batch) / batch
-
-
-def interpolate(samples: Mapping[int, float], at: int) -> float:
-    """Return the value at ``at`` on the lines through the samples, extended at both ends.
-
-    Args:
-        samples: Place -> value, at least one.
-        at: Where.
-    """
-    places = sorted(samples)
-    if len(places) == 1:
-        return samples[places[0]]
-    after = next((i for i in range(1, len(places)) if places[i] >= at), len(places) - 1)
-    left, right = places[after - 1], places[after]
-    share = (at - left) / (right - left)
-    return max(0.0, samples[left] + share * (samples[right] - samples[left]))
+from spmoe.costs import Costs
 
 
 def deadlines(costs: Costs, *, draft_steps: int, rows: int, layer_count: int) -> list[float]:
@@ -142,3 +88,19 @@ def cutoff_layer(
         if total * copy_s > time or total * costs.expert_bytes > free_bytes:
             return layer
     return len(due)
+
+
+def break_even(costs: Costs) -> float:
+    """Return the probability of use from which a prefetch pays.
+
+    A prefetch that is used saves the wait for a demand; used or not, it slows what is computed
+    meanwhile. It pays from where ``p * copy_s >= prefetch_s``; at 1 none does.
+
+    Args:
+        costs: Of this machine.
+
+    Returns:
+        A probability in [0, 1].
+    """
+    copy_s = costs.expert_copy_s()
+    return 1.0 if copy_s <= costs.prefetch_s else costs.prefetch_s / copy_s

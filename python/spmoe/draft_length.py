@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from spmoe.cutoff import interpolate
+from spmoe.costs import interpolate
 
 
 class Measured(Protocol):

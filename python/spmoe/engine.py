@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from os import PathLike
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 
 from spmoe import predictor, speculative
+from spmoe.closeable import Closeable
 from spmoe.config import check_draft_length
+from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
-from spmoe.errors import Error, InvalidArgument
-from spmoe.metrics import Metrics, Timing, summarise
+from spmoe.errors import InvalidArgument
+from spmoe.metrics import Metrics
 from spmoe.models.cached import CachedCausalLM, CausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import (
@@ -25,41 +24,33 @@ from spmoe.models.loading import (
     load_draft,
     load_target,
     load_tokenizer,
+    resolve_dtype,
 )
-from spmoe.models.text import Prompt, TextWriter, Tokenizer, encode
+from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.pairing import check_pairing
+from spmoe.planner import COUNTERS, PLANNED, Planner, Shape
+from spmoe.profile import Fingerprint, estimate, known_costs
 from spmoe.progress import Progress, silent
+from spmoe.request import Generation, Request
 from spmoe.runtime import Runtime
 from spmoe.trace import Phase
 
 log = logging.getLogger("spmoe")
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What a request wrote.
-
-    Attributes:
-        text: New text, without special tokens, up to a stop string if one ended it.
-        token_ids: New token ids, with the end-of-text token if one ended it.
-        stats: What it cost.
-    """
-
-    text: str
-    token_ids: list[int]
-    stats: Metrics
-
-    @property
-    def finish_reason(self) -> str:
-        """Return "stop" (end-of-text token or stop string) or "length"."""
-        return self.stats.finish_reason
-
-
-class Engine:
+class Engine(Closeable):
     """A target whose experts are offloaded, its tokenizer, and perhaps a draft; see `load`.
 
     Thread-safe: requests of several threads interleave, and the figures of each then count what the
     others did meanwhile. A context manager.
+
+    Args:
+        target: From `load_target`.
+        tokenizer: Its own.
+        runtime: From ``target.open_runtime``; closed with the engine.
+        draft: Proposes tokens; of the same tokenizer.
+        draft_length: As for `load`.
+        costs: Of this machine; without them policies run without limits.
     """
 
     def __init__(
@@ -70,14 +61,26 @@ class Engine:
         *,
         draft: CausalLM | None = None,
         draft_length: int | str = 4,
+        costs: Costs | None = None,
     ) -> None:
         self.target = target
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
+        self.planner: Planner | None = None
+        if costs is not None:
+            shape = Shape(
+                layers=runtime.store.layer_count,
+                experts=runtime.store.expert_count,
+                experts_per_token=target.experts_per_token,
+                memory_bytes=runtime.expert_memory_bytes,
+            )
+            self.planner = Planner(costs, shape)
+        self.cutoff_layer: int | None = None  # in place of the planner's
         self.last: Metrics | None = None  # figures of the last request
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
+        self._read_last = False
         self._covered_rows = 0  # of the running verification, which the draft predicted for
         self._hooks = ExitStack()
         attach(target, runtime)
@@ -85,7 +88,7 @@ class Engine:
 
     def generate(self, prompt: Prompt, **options: Any) -> Generation:
         """Write text after ``prompt`` and return it whole. Options as for `stream`."""
-        request = _Request(self, prompt, **options)
+        request = Request(self, prompt, **options)
         for _ in request.run():
             pass
         return request.result()
@@ -104,7 +107,7 @@ class Engine:
                 is wrong.
             DeviceError: An expert could not be read. The engine stays usable.
         """
-        return _Request(self, prompt, **options).run()
+        return Request(self, prompt, **options).run()
 
     def iterate(
         self, prompt: Prompt, *, max_new_tokens: int, draft_length: int | Literal["auto"]
@@ -115,22 +118,53 @@ class Engine:
         if self.draft is not None and draft_length != 0:
             drafter = CachedCausalLM(self.draft)
         adaptive = DraftLength() if draft_length == "auto" and drafter is not None else None
+
+        def choose() -> int:
+            length = adaptive.choose() if adaptive is not None else int(draft_length or 0)
+            self._set_limits(length if drafter is not None else 0)
+            return length
+
         self.runtime.begin_request()
+        counters: dict[str, Any] | None = None
         for iteration in speculative.decode(
             CachedCausalLM(self.target.model),
             drafter,
             tokens,
-            draft_length=adaptive.choose if adaptive is not None else int(draft_length or 0),
+            draft_length=choose,
             max_length=min(len(tokens) + max_new_tokens, self.context_length),
             worth_another=adaptive.worth_another if adaptive is not None else None,
+            read_last=lambda: self._read_last,
         ):
             self.runtime.end_iteration(iteration.accepted)
-            if adaptive is not None and iteration.draft_steps + len(iteration.tokens) > 1:
+            prefill = counters is None
+            if adaptive is not None and not prefill:
                 adaptive.observe(iteration)
+            counters = self._observe(iteration, counters)
             self._covered_rows = 0
             if self.runtime.trace_spans:
                 self.phases += _phases(iteration)
             yield iteration
+
+    def _set_limits(self, draft_length: int) -> None:
+        if self.planner is None:
+            return
+        limits = self.planner.limits(draft_length)
+        self._read_last = limits.read_last
+        self.runtime.set_limits(
+            cutoff_layer=limits.cutoff_layer if self.cutoff_layer is None else self.cutoff_layer,
+            budget_bytes=limits.budget_bytes,
+            break_even=limits.break_even,
+        )
+
+    def _observe(
+        self, iteration: speculative.Iteration, before: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Tell the planner what an iteration came to; none came before a prefill."""
+        after = self.runtime.stats(by_layer=False)
+        if self.planner is not None and before is not None:
+            grown = {name: after[name] - before[name] for name in COUNTERS}
+            self.planner.observe(iteration, grown, read_last=self._read_last)
+        return after
 
     def _watch(self) -> None:
         """Report predictions from the models' states as the policy wants them."""
@@ -199,94 +233,6 @@ class Engine:
         self._hooks.close()
         self.runtime.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class _Request:
-    """One request from prompt to figures."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        draft_length: int | str | None = None,
-        stop: str | Sequence[str] = (),
-        raw: bool = False,
-    ) -> None:
-        if max_new_tokens < 1:
-            raise InvalidArgument(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.engine = engine
-        self.prompt = engine.encode(prompt, raw=raw)
-        self.max_new_tokens = max_new_tokens
-        self.draft_length = check_draft_length(
-            engine.draft_length if draft_length is None else draft_length
-        )
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        self.writer = TextWriter(engine.tokenizer, [text for text in stops if text])
-        self.metrics: Metrics | None = None
-
-    def run(self) -> Iterator[str]:
-        """Yield pieces of text; the figures are there once it is exhausted or closed."""
-        engine = self.engine
-        ends = engine.target.end_token_ids
-        finish_reason = "length"
-        iterations = drafted = accepted = 0
-        start = time.perf_counter()
-        before = engine.runtime.stats()
-        first = last = 0.0
-        try:
-            for iteration in engine.iterate(
-                self.prompt, max_new_tokens=self.max_new_tokens, draft_length=self.draft_length
-            ):
-                last = time.perf_counter() - start
-                first = first or last
-                iterations += 1
-                drafted += iteration.drafted
-                accepted += iteration.accepted
-                for token in iteration.tokens:
-                    self.writer.add(token)
-                    if token in ends or self.writer.stopped:
-                        finish_reason = "stop"
-                        break
-                if piece := self.writer.take():
-                    yield piece
-                if finish_reason == "stop":
-                    break
-            if piece := self.writer.finish():
-                yield piece
-        finally:
-            if iterations:
-                self.metrics = engine.last = summarise(
-                    before=before,
-                    after=engine.runtime.stats(),
-                    timing=Timing(first, last),
-                    prompt_tokens=len(self.prompt),
-                    new_tokens=len(self.writer.token_ids),
-                    finish_reason=finish_reason,
-                    drafted=drafted,
-                    accepted=accepted,
-                    iterations=iterations,
-                    expert_memory_bytes=engine.runtime.expert_memory_bytes,
-                    expert_total_bytes=engine.runtime.store.total_bytes,
-                )
-
-    def result(self) -> Generation:
-        """Return what was written; only after `run`."""
-        if self.metrics is None:
-            raise Error("the request wrote nothing")
-        return Generation(self.writer.text, self.writer.token_ids, self.metrics)
-
 
 def _phases(iteration: speculative.Iteration) -> list[Phase]:
     verify_s = iteration.end_s - iteration.verify_s
@@ -336,23 +282,30 @@ def load(
     """
     report = progress or silent
     check_draft_length(draft_length)
-    steps = 3 if draft is not None else 2
+    steps = 4 if draft is not None else 3
     report("loading the target without its experts", 0, steps)
-    loaded = load_target(target, dtype=resolve_dtype(dtype))
+    chosen = resolve_dtype(dtype)
+    loaded = load_target(target, dtype=chosen)
     tokenizer = load_tokenizer(target)
     drafter = None
     if draft is not None:
         report("loading the draft", 1, steps)
         drafter = load_draft(draft)
         check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
+    costs = None
+    if policy in PLANNED:
+        fingerprint = Fingerprint.of(
+            target, draft, dtype=chosen, device=device, link_gbps=link_gbps
+        )
+        costs = known_costs(fingerprint)
+        if costs is None:
+            report("estimating costs", steps - 2, steps)
+            costs = estimate(
+                loaded, drafter, expert_memory=expert_memory, device=device, link_gbps=link_gbps
+            )
     report("allocating expert memory", steps - 1, steps)
-    runtime = Runtime(
-        loaded.store,
+    runtime = loaded.open_runtime(
         expert_memory=expert_memory,
-        experts_per_token=loaded.experts_per_token,
-        activation=loaded.activation,
-        alpha=loaded.alpha,
-        limit=loaded.limit,
         device=device,
         link_gbps=link_gbps,
         policy=policy,
@@ -360,12 +313,4 @@ def load(
         trace_spans=trace_spans,
     )
     report("ready", steps, steps)
-    return Engine(loaded, tokenizer, runtime, draft=drafter, draft_length=draft_length)
-
-
-def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """Return the torch dtype that a setting means; None means float32."""
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InvalidArgument(f'dtype "{dtype}" is not float32, bfloat16 or float16')
-    return resolved
+    return Engine(loaded, tokenizer, runtime, draft=drafter, draft_length=draft_length, costs=costs)

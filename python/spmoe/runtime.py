@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike, fspath
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from spmoe import _core
+from spmoe.closeable import Closeable
 from spmoe.config import parse_memory
 from spmoe.errors import InvalidArgument
 
@@ -44,7 +44,7 @@ def open_store(
     return _core.ExpertStore([fspath(file) for file in files], list(layers), interleaved)
 
 
-class Runtime:
+class Runtime(Closeable):
     """Routed experts in a fixed amount of memory, fetched from their store when needed.
 
     Values never depend on what is resident: the same inputs give the same bits at every budget.
@@ -254,25 +254,16 @@ class Runtime:
         """
         self._native.inject(fail_at_copy, delay_seed, max_delay_us)
 
-    def stats(self) -> dict[str, Any]:
-        """Counters since construction: hits, late, misses, bytes by kind, seconds, by layer too.
+    def stats(self, *, by_layer: bool = True) -> dict[str, Any]:
+        """Counters since construction: hits, late, misses, bytes by kind, seconds.
+
+        Under "layers" the same for each layer, if ``by_layer``.
 
         `prefetch_wasted_bytes` counts what was moved on a prediction and has not been used (yet):
         demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is under way.
         """
-        return self._native.stats()
+        return self._native.stats(by_layer)
 
     def close(self) -> None:
         """End the copies under way and give the memory back. May be called twice."""
         self._native.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -26,7 +26,10 @@ class CachedModel(Protocol):
         ...
 
     def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
-        """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab]."""
+        """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab].
+
+        None are computed for 0.
+        """
         ...
 
     def rewind(self, length: int) -> None:
@@ -130,7 +133,7 @@ def decode(
     draft_length: int | Callable[[], int],
     max_length: int,
     worth_another: Callable[[float], bool] | None = None,
-    read_last: bool = False,
+    read_last: Callable[[], bool] = lambda: False,
 ) -> Iterator[Iteration]:
     """Write greedily after ``prompt`` until ``max_length``, an iteration at a time.
 
@@ -143,10 +146,10 @@ def decode(
         drafter: Fresh; None decodes plainly.
         prompt: At least one token id.
         draft_length: Tokens drafted an iteration, 0 for none, or a function that is asked before
-            each; fewer are drafted where the end is near.
+            each, with a draft or without; fewer are drafted where the end is near.
         max_length: Tokens of prompt and text together.
         worth_another: As for `draft`.
-        read_last: The draft reads its own last token too, to predict experts for it.
+        read_last: Whether the draft reads its own last token too, to predict experts for it.
     """
     text = list(prompt)
     start = time.perf_counter()
@@ -158,14 +161,14 @@ def decode(
         start = time.perf_counter()
         proposed: list[int] = []
         steps = 0
+        wanted = draft_length() if callable(draft_length) else draft_length
         if drafter is not None:
             # The bonus token takes one of the places that are left.
-            wanted = draft_length() if callable(draft_length) else draft_length
             count = min(wanted, max_length - len(text) - 1)
             proposed = draft(drafter, text, count, worth_another=worth_another)
             steps = len(proposed)
-            if read_last and proposed:
-                drafter.read(proposed[-1:])
+            if proposed and read_last():
+                drafter.read(proposed[-1:], last=0)
                 steps += 1
         drafted = time.perf_counter()
         logits = verify(target, text[-1], proposed)

@@ -12,9 +12,9 @@ import torch
 
 from spmoe import speculative
 from spmoe.config import check_draft_length
-from spmoe.engine import load, resolve_dtype
+from spmoe.engine import load
 from spmoe.models.cached import CachedCausalLM
-from spmoe.models.loading import load_plain
+from spmoe.models.loading import load_plain, resolve_dtype
 from spmoe.models.text import Prompt
 from spmoe.progress import Progress, silent
 

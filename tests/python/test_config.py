@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from spmoe.config import check_draft_length, format_bytes, parse_memory
+from spmoe.config import check_draft_length, default_cache, format_bytes, parse_memory
 from spmoe.errors import InvalidArgument
 
 TOTAL = 1000 << 20
@@ -49,3 +51,13 @@ def test_bytes_are_shown_in_binary_units() -> None:
         "3.0 GiB",
         "2.0 TiB",
     ]
+
+
+def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPMOE_CACHE", "/a")
+    assert default_cache() == Path("/a")
+    monkeypatch.delenv("SPMOE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert default_cache() == Path("/b/spmoe")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "spmoe"

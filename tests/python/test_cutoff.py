@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from spmoe.cutoff import Costs, byte_budget, cutoff_layer, deadlines, interpolate
+from spmoe.costs import Costs, interpolate
+from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines
 
 MIB = 1 << 20
 
@@ -168,6 +169,21 @@ class TestCutoffLayer:
             by_memory = free_bytes // (k * 16 * MIB)
             found = cutoff_layer(due, [k] * layers, measured, free_bytes=free_bytes)
             assert found == min(by_time, by_memory, layers), f"{seed=}"
+
+
+class TestBreakEven:
+    @pytest.mark.parametrize(
+        ("prefetch_s", "copy_s", "expected"),
+        [(0.0, 0.001, 0.0), (0.00025, 0.001, 0.25), (0.001, 0.001, 1.0), (0.003, 0.001, 1.0)],
+    )
+    def test_it_is_what_a_prefetch_takes_of_what_it_saves(
+        self, prefetch_s: float, copy_s: float, expected: float
+    ) -> None:
+        measured = costs(prefetch_s=prefetch_s, copy_s={8: 8 * copy_s})
+        assert break_even(measured) == pytest.approx(expected)
+
+    def test_on_a_free_link_nothing_has_to_be_prefetched(self) -> None:
+        assert break_even(costs(copy_s={8: 0.0})) == 1.0
 
 
 class TestMonotone:

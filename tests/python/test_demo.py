@@ -247,16 +247,6 @@ def test_two_at_once_make_it_once(tiny: SimpleNamespace, tmp_path: Path) -> None
     assert tiny.loads == 1
 
 
-def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPMOE_CACHE", "/a")
-    assert cache.default_cache() == Path("/a")
-    monkeypatch.delenv("SPMOE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert cache.default_cache() == Path("/b/spmoe")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.default_cache() == Path.home() / ".cache" / "spmoe"
-
-
 # Faults.
 
 

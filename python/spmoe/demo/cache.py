@@ -21,14 +21,6 @@ _FORMAT = 1  # of the manifest
 _PARTIAL = ".partial-"
 
 
-def default_cache() -> Path:
-    """Return the user's cache folder for spmoe: ``SPMOE_CACHE``, or as the XDG rules say."""
-    if chosen := os.environ.get("SPMOE_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "spmoe"
-
-
 def is_complete(directory: Path, fingerprint: str) -> bool:
     """Return whether a directory was made whole by this recipe, and its files have their sizes."""
     try:

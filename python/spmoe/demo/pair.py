@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from spmoe.config import default_cache
 from spmoe.demo import cache, dense, routing
 from spmoe.demo.checkpoint import write_draft, write_target
 from spmoe.demo.mixtral import NoisyCopies
@@ -60,7 +61,7 @@ def ensure_pair(
         Error: The disk is full.
     """
     recipe = _recipe(variant)
-    root = (cache.default_cache() if cache_dir is None else Path(cache_dir)) / "demo"
+    root = (default_cache() if cache_dir is None else Path(cache_dir)) / "demo"
     report = progress or silent
     pair = Pair(target=root / variant, draft=root / "draft")
     draft_print = fingerprint(_CODE_VERSION, dense.GGUF_SHA256)

@@ -31,19 +31,25 @@ class CachedCausalLM:
         return int(self._cache.get_seq_length())
 
     def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
-        """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab]."""
+        """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab].
+
+        None are computed for 0.
+        """
         first = self.length == 0
+        arguments: dict[str, Any] = {
+            "input_ids": torch.tensor([list(tokens)], device=self._model.device),
+            "use_cache": True,
+            self._cache_argument: self._cache,
+        }
         with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.tensor([list(tokens)], device=self._model.device),
-                use_cache=True,
-                logits_to_keep=last,
-                **{self._cache_argument: self._cache},
-            )
+            if last == 0:
+                self._model.base_model(**arguments)
+                logits = torch.empty(0, 0)
+            else:
+                logits = self._model(logits_to_keep=last, **arguments).logits[0, -last:]
         # A sliding-window layer drops what leaves its window, unless told to keep it for `rewind`.
         if first and hasattr(self._cache, "activate_past_recording"):
             self._cache.activate_past_recording()
-        logits: torch.Tensor = output.logits[0, -last:]
         return logits
 
     def rewind(self, length: int) -> None:

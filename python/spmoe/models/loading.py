@@ -27,7 +27,7 @@ from spmoe.models.experts import (
     without_experts,
 )
 from spmoe.models.pretrained import read_config, read_model, read_tokenizer
-from spmoe.runtime import open_store
+from spmoe.runtime import Runtime, open_store
 
 _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
 
@@ -62,6 +62,18 @@ class TargetModel:
     limit: float
     interleaved: bool
     end_token_ids: frozenset[int]
+
+    def open_runtime(self, *, expert_memory: int | str, **options: Any) -> Runtime:
+        """Return a `Runtime` for these experts, not attached. Options and errors as of it."""
+        return Runtime(
+            self.store,
+            expert_memory=expert_memory,
+            experts_per_token=self.experts_per_token,
+            activation=self.activation,
+            alpha=self.alpha,
+            limit=self.limit,
+            **options,
+        )
 
 
 def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> TargetModel:
@@ -155,6 +167,14 @@ def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
         CheckpointError: It has no tokenizer that transformers can load.
     """
     return read_tokenizer(fspath(path), find_directory(path))
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """Return the torch dtype that a setting means; None means float32."""
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidArgument(f'dtype "{dtype}" is not float32, bfloat16 or float16')
+    return resolved
 
 
 def _check_store(name: str, store: ExpertStore, expected: ExpertFormat) -> None:

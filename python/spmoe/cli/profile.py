@@ -1,0 +1,83 @@
+"""`spmoe profile`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from spmoe.cli.options import (
+    find_models,
+    link_option,
+    option,
+    output_options,
+    pair_options,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from spmoe.profile import Profile
+
+
+@click.command()
+@pair_options
+@link_option
+@output_options
+@option(
+    "--expert-memory",
+    default="50%",
+    help="Memory to measure in; more is truer: a layer's experts should be resident.",
+)
+@option("--repeats", type=click.IntRange(min=2), default=7, help="Samples of each cost.")
+def profile(**flags: Any) -> None:
+    """Measure what this machine needs for a pair, and keep it for `generate` and `bench`.
+
+    Seconds of a draft step, of a target layer, of experts on the link, and what copies take from
+    compute. Kept in the cache folder until machine, pair or settings change.
+    """
+    from spmoe.profile import make_profile
+
+    quiet = flags["quiet"] or flags["as_json"]
+    target, draft = find_models(**flags | {"quiet": quiet})
+    with progress_bar(quiet) as progress:
+        made = make_profile(
+            target,
+            draft,
+            expert_memory=flags["expert_memory"],
+            dtype=flags["dtype"],
+            link_gbps=flags["link_gbps"],
+            repeats=flags["repeats"],
+            progress=progress,
+        )
+    path = made.save()
+    if flags["as_json"]:
+        click.echo(json.dumps(made.as_dict() | {"path": str(path)}))
+    elif not quiet:
+        _print(made)
+        click.echo(f"kept in {path}")
+
+
+def _print(made: Profile) -> None:
+    costs, spread = made.costs, made.spread
+    table = Table("cost", "median", "spread", title="spread: interquartile range over the median")
+
+    def add(name: str, seconds: float, key: str, more: str = "") -> None:
+        share = f"{spread[key]:.0%}" if key in spread else "-"
+        table.add_row(name, f"{seconds * 1e3:.2f} ms{more}", share)
+
+    if costs.draft_s:
+        add("draft step", costs.draft_s, "draft_s")
+    for rows, seconds in sorted(costs.layer_s.items()):
+        add(f"target layer, {_count(rows, 'row')}", seconds, f"layer_s[{rows}]")
+    for batch, seconds in sorted(costs.copy_s.items()):
+        gbps = batch * costs.expert_bytes / seconds / 1e9 if seconds else 0.0
+        add(f"link, {_count(batch, 'expert')}", seconds, f"copy_s[{batch}]", f" ({gbps:.2f} GB/s)")
+    add("compute lost to a prefetch", costs.prefetch_s, "prefetch_s")
+    Console().print(table)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

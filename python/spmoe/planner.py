@@ -1,0 +1,138 @@
+"""What the coming iteration may prefetch, from measured costs and from what the last ones did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from spmoe.costs import Costs
+from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines
+from spmoe.draft_length import Measured
+
+PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
+
+# Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
+COUNTERS = ("link_bytes", "stall_s", "predicted_needs", "recalled")
+
+_NEWEST = 0.2  # weight of the newest iteration in what is learnt
+_MAX_ROWS = 32  # a pass of more tokens is a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model and of its expert memory.
+
+    Attributes:
+        layers: MoE layers.
+        experts: Of each layer.
+        experts_per_token: The routers' top-k.
+        memory_bytes: For experts.
+    """
+
+    layers: int
+    experts: int
+    experts_per_token: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an iteration may prefetch.
+
+    Attributes:
+        cutoff_layer: Leading layers that "sp-moe" prefetches for.
+        budget_bytes: What the link can move until each layer runs, for "horizon".
+        break_even: Probability of use from which a prefetch pays, for "horizon".
+        read_last: Another draft step, for predictions alone, is expected to pay.
+    """
+
+    cutoff_layer: int
+    budget_bytes: list[int]
+    break_even: float
+    read_last: bool
+
+
+class Planner:
+    """Sets the limits of each iteration; times of compute follow what iterations really take.
+
+    Source: SP-MoE, arXiv:2510.10302, section 3.2, for the cutoff layer; the rest is ours.
+    """
+
+    def __init__(self, costs: Costs, shape: Shape) -> None:
+        self.costs = costs
+        self.shape = shape
+        self._fills: float | None = None  # of a layer in an iteration
+        self._recall: dict[bool, float] = {}  # by whether the draft read its last token
+        self._measured_rows: set[int] = set()
+
+    def limits(self, draft_length: int) -> Limits:
+        """Return what an iteration that drafts ``draft_length`` tokens may prefetch."""
+        read_last = draft_length > 0 and self._last_token_pays(draft_length)
+        due = deadlines(
+            self.costs,
+            draft_steps=draft_length + read_last,
+            rows=draft_length + 1,
+            layer_count=self.shape.layers,
+        )
+        fills = self._fills_at(draft_length)
+        return Limits(
+            cutoff_layer=cutoff_layer(
+                due,
+                [fills] * self.shape.layers,
+                self.costs,
+                free_bytes=self.shape.memory_bytes,
+            ),
+            budget_bytes=byte_budget(due, self.costs),
+            break_even=break_even(self.costs),
+            read_last=read_last,
+        )
+
+    def observe(self, iteration: Measured, grown: Mapping[str, float], *, read_last: bool) -> None:
+        """Tell what an iteration came to, the prefill apart.
+
+        Args:
+            iteration: Its tokens and times.
+            grown: How much each of `COUNTERS` grew.
+            read_last: Whether the draft read its last token.
+        """
+        rows = iteration.drafted + 1
+        if rows > _MAX_ROWS:
+            return
+        layer_s = {at: self.costs.layer_s[at] for at in self._measured_rows}
+        compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
+        layer_s[rows] = _blend(layer_s.get(rows), compute_s)
+        self._measured_rows.add(rows)
+        draft_s = self.costs.draft_s
+        if iteration.draft_steps:
+            draft_s = _blend(draft_s or None, iteration.draft_s / iteration.draft_steps)
+        self.costs = replace(self.costs, draft_s=draft_s, layer_s=layer_s)
+        fills = grown["link_bytes"] / self.costs.expert_bytes / self.shape.layers
+        self._fills = _blend(self._fills, fills)
+        if grown["predicted_needs"]:
+            recall = grown["recalled"] / grown["predicted_needs"]
+            self._recall[read_last] = _blend(self._recall.get(read_last), recall)
+
+    def _fills_at(self, draft_length: int) -> float:
+        """Return how many fills a layer is expected to need in an iteration."""
+        if self._fills is not None:
+            return self._fills
+        shape = self.shape
+        unused = (1 - shape.experts_per_token / shape.experts) ** (draft_length + 1)
+        total_bytes = shape.layers * shape.experts * self.costs.expert_bytes
+        missing = max(0.0, 1 - shape.memory_bytes / total_bytes)
+        return shape.experts * (1 - unused) * missing
+
+    def _last_token_pays(self, draft_length: int) -> bool:
+        """Whether what the draft's last token adds to recall saves more than a draft step.
+
+        Until it was tried, it is expected to foresee every expert.
+        """
+        if False not in self._recall:
+            return False
+        gain = self._recall.get(True, 1.0) - self._recall[False]
+        fills = self._fills_at(draft_length) * self.shape.layers
+        return gain * fills * self.costs.expert_copy_s() > self.costs.draft_s
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else old + _NEWEST * (new - old)

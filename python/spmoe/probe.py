@@ -1,0 +1,125 @@
+"""Measuring what one machine needs for one pair.
+
+Draft steps, target layers, the link, and what copies take from compute.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from spmoe.models.cached import CachedCausalLM, CausalLM
+from spmoe.models.loading import TargetModel
+from spmoe.runtime import Runtime
+
+_POLL_S = 0.0002
+_MIN_WORK_S = 0.02  # of compute beside copies: shorter is lost in the noise
+
+
+def draft_steps(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
+    """Yield seconds of one draft step after another, without end, behind ``tokens``."""
+    model = CachedCausalLM(draft)
+    model.read(tokens)
+    model.read(tokens[-1:])  # the first one prepares
+    while True:
+        start = time.perf_counter()
+        model.read(tokens[-1:])
+        yield time.perf_counter() - start
+        model.rewind(len(tokens))
+
+
+def target_layers(
+    target: TargetModel, runtime: Runtime, tokens: Sequence[int], rows: int
+) -> Iterator[float]:
+    """Yield seconds of one target layer over ``rows`` tokens, waits for the link left out.
+
+    Args:
+        target: With ``runtime`` attached.
+        runtime: Of the policy "on-demand".
+        tokens: More than ``rows``, of a text.
+        rows: Tokens of a pass.
+    """
+    model = CachedCausalLM(target.model)
+    context = len(tokens) - rows
+    model.read(tokens[:context])
+    while True:
+        stall_s = runtime.stats(by_layer=False)["stall_s"]
+        start = time.perf_counter()
+        model.read(tokens[context:], last=rows)
+        seconds = time.perf_counter() - start
+        waited = runtime.stats(by_layer=False)["stall_s"] - stall_s
+        yield (seconds - waited) / len(target.moe_layers)
+        model.rewind(context)
+
+
+def copies(runtime: Runtime, batch: int) -> Iterator[float]:
+    """Yield seconds that the link takes for ``batch`` experts that one layer demands.
+
+    Args:
+        runtime: With fewer slots than the model has experts.
+        batch: No more than a layer has, nor than there are slots.
+    """
+    store = runtime.store
+    x = torch.zeros(batch, store.hidden)
+    weights = torch.ones(batch, 1)
+    for layer, experts in _tour(runtime, batch):
+        before = runtime.stats(by_layer=False)
+        runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
+        after = runtime.stats(by_layer=False)
+        moved = (after["link_bytes"] - before["link_bytes"]) / store.blob_bytes
+        if moved:  # what was resident took no time
+            yield (after["link_busy_s"] - before["link_busy_s"]) * batch / moved
+
+
+def losses(runtime: Runtime, work: Callable[[], object]) -> Iterator[float]:
+    """Yield seconds that an expert which arrives meanwhile takes from compute.
+
+    Args:
+        runtime: Of the policy "sp-moe", with fewer slots than the model has experts.
+        work: Some compute, always the same.
+    """
+    store = runtime.store
+    k = min(store.expert_count, 2)
+    tour = _tour(runtime, k)
+    start = time.perf_counter()
+    work()
+    times = max(1, round(_MIN_WORK_S / (time.perf_counter() - start)))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        return time.perf_counter() - start
+
+    while True:
+        alone = seconds()
+        before = runtime.stats(by_layer=False)["link_bytes"]
+        runtime.end_iteration()
+        for layer, experts in itertools.islice(tour, runtime.stats(by_layer=False)["slots"] // k):
+            scores = torch.zeros(store.expert_count)
+            scores[list(experts)] = 2.0  # selected
+            runtime.predict(layer, scores)
+        beside = seconds()
+        moved = (runtime.stats(by_layer=False)["link_bytes"] - before) / store.blob_bytes
+        _settle(runtime)
+        if moved:
+            yield max(0.0, beside - alone) / moved
+
+
+def _tour(runtime: Runtime, batch: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield (layer, experts) round all experts, so that the longest unused come next."""
+    store = runtime.store
+    for start in itertools.cycle(range(0, store.expert_count - batch + 1, batch)):
+        for layer in range(store.layer_count):
+            yield layer, list(range(start, start + batch))
+
+
+def _settle(runtime: Runtime) -> None:
+    """Wait until no copy is under way."""
+    busy_s = -1.0
+    while (now := runtime.stats(by_layer=False))["queue_depth"] or now["link_busy_s"] != busy_s:
+        busy_s = now["link_busy_s"]
+        time.sleep(_POLL_S)

@@ -1,0 +1,117 @@
+"""What an iteration may prefetch, and what the last ones teach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from spmoe.costs import Costs
+from spmoe.planner import Planner, Shape
+
+MIB = 1 << 20
+COSTS = Costs(
+    draft_s=0.020, layer_s={1: 0.005}, copy_s={8: 0.008}, expert_bytes=16 * MIB, prefetch_s=0.0003
+)
+
+
+@dataclass
+class Iteration:
+    drafted: int = 4
+    accepted: int = 2
+    draft_steps: int = 4
+    draft_s: float = 0.080
+    verify_s: float = 0.100
+
+
+def planner(*, memory_bytes: int = 40 * 16 * MIB, layers: int = 10) -> Planner:
+    """Ten layers of eight experts, half of them in memory."""
+    return Planner(COSTS, Shape(layers, 8, 2, memory_bytes))
+
+
+def grown(fills: float = 0, *, stall_s: float = 0.0, needs: int = 0, recalled: int = 0) -> dict:
+    return {
+        "link_bytes": fills * 16 * MIB,
+        "stall_s": stall_s,
+        "predicted_needs": needs,
+        "recalled": recalled,
+    }
+
+
+def test_the_budget_grows_by_what_the_link_moves_while_a_layer_runs() -> None:
+    budget = planner().limits(4).budget_bytes
+    assert budget[0] == pytest.approx(80 * 16 * MIB)  # four draft steps of 20 ms, 1 ms an expert
+    assert budget[1] - budget[0] == pytest.approx(5 * 16 * MIB)
+
+
+def test_without_drafting_the_first_layer_can_await_nothing() -> None:
+    limits = planner().limits(0)
+    assert limits.budget_bytes[0] == 0
+    assert limits.cutoff_layer == 0
+
+
+def test_the_cutoff_counts_the_fills_that_iterations_really_need() -> None:
+    it = planner()
+    it.observe(Iteration(), grown(fills=300), read_last=False)  # 30 a layer
+    assert it.limits(4).cutoff_layer == 1  # memory: 40 experts
+    for _ in range(60):
+        it.observe(Iteration(), grown(fills=30), read_last=False)
+    assert it.limits(4).cutoff_layer == 10
+
+
+def test_before_any_iteration_fills_are_those_of_uniform_routing() -> None:
+    # Of 8 experts 8 (1 - .75^5) = 6.1 are used by five tokens, and half are missing.
+    fits_three_layers = planner(memory_bytes=40 * 16 * MIB).limits(4)
+    assert fits_three_layers.cutoff_layer == 10
+    assert planner(memory_bytes=10 * 16 * MIB).limits(4).cutoff_layer == 1  # 5.3 a layer
+
+
+def test_it_breaks_even_where_what_a_prefetch_takes_is_what_it_saves() -> None:
+    assert planner().limits(4).break_even == pytest.approx(0.3)
+
+
+def test_compute_follows_what_was_measured_without_the_waits() -> None:
+    it = planner()
+    it.observe(Iteration(verify_s=0.100), grown(stall_s=0.080), read_last=False)
+    assert it.costs.layer_at(5) == pytest.approx(0.002)
+    it.observe(
+        Iteration(drafted=0, draft_steps=0, draft_s=0.0, verify_s=0.010), grown(), read_last=False
+    )
+    assert it.costs.layer_at(1) == pytest.approx(0.001)
+    assert it.costs.layer_at(3) == pytest.approx(0.0015)
+
+
+def test_draft_steps_follow_what_was_measured() -> None:
+    it = planner()
+    for _ in range(60):
+        it.observe(Iteration(draft_s=0.040), grown(), read_last=False)
+    assert it.costs.draft_s == pytest.approx(0.010, rel=1e-3)
+
+
+def test_a_prompt_teaches_nothing() -> None:
+    it = planner()
+    it.observe(Iteration(drafted=32, verify_s=9.0), grown(fills=80), read_last=False)
+    assert it.costs == COSTS
+
+
+class TestReadingTheLastToken:
+    def test_it_is_not_tried_before_recall_without_it_is_known(self) -> None:
+        assert not planner().limits(4).read_last
+
+    def test_it_is_tried_where_all_that_was_missed_costs_more_than_a_step(self) -> None:
+        it = planner()
+        it.observe(Iteration(), grown(fills=250, needs=100, recalled=90), read_last=False)
+        assert it.limits(4).read_last  # a tenth of 250 fills of 1 ms against 20 ms
+        assert it.limits(4).budget_bytes[0] == pytest.approx(5 * 20 * 16 * MIB)
+        assert not it.limits(0).read_last
+
+    def test_it_is_given_up_where_it_foresees_no_more(self) -> None:
+        it = planner()
+        it.observe(Iteration(), grown(fills=250, needs=100, recalled=90), read_last=False)
+        it.observe(Iteration(), grown(fills=250, needs=100, recalled=91), read_last=True)
+        assert not it.limits(4).read_last
+
+    def test_a_fast_link_has_no_use_for_it(self) -> None:
+        it = planner()
+        it.observe(Iteration(), grown(fills=50, needs=100, recalled=90), read_last=False)
+        assert not it.limits(4).read_last

@@ -1,0 +1,134 @@
+"""Costs: measured, kept, found again, and refused once they are stale."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import spmoe
+from spmoe import cli, profile
+from spmoe.errors import InvalidArgument
+from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, make_profile
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("SPMOE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(target_path: Path) -> Profile:
+    return make_profile(target_path, target_path, repeats=2)
+
+
+def fingerprint(target: Path, draft: Path | None, **changed: object) -> Fingerprint:
+    settings = {"dtype": torch.float32, "device": "auto", "link_gbps": 0.0} | changed
+    return Fingerprint.of(target, draft, **settings)
+
+
+def test_every_cost_of_the_latency_model_is_measured(made: Profile) -> None:
+    assert set(made.costs.layer_s) == {1, 2, 3, 5, 9, 17}
+    assert set(made.costs.copy_s) == {1, 2, 4, 8}
+    assert made.costs.draft_s > 0
+    assert all(
+        seconds > 0 for seconds in [*made.costs.layer_s.values(), *made.costs.copy_s.values()]
+    )
+    assert made.costs.copy_s[8] > made.costs.copy_s[1]
+    assert {"draft_s", "prefetch_s", "layer_s[5]", "copy_s[8]"} <= set(made.spread)
+
+
+def test_a_paced_link_is_measured_as_slow_as_it_is(target_path: Path) -> None:
+    gbps = 0.05
+    paced = make_profile(target_path, None, repeats=2, link_gbps=gbps).costs
+    assert paced.draft_s == 0
+    assert paced.copy_s[8] >= 8 * paced.expert_bytes / (gbps * 1e9) * 0.95
+
+
+def test_a_kept_profile_is_found(made: Profile) -> None:
+    assert made.save() == made.fingerprint.path
+    found = find_profile(made.fingerprint)
+    assert found == made
+    assert known_costs(made.fingerprint) == made.costs
+
+
+def test_another_pair_or_setting_has_no_profile(
+    made: Profile, target_path: Path, draft_path: Path
+) -> None:
+    made.save()
+    assert find_profile(fingerprint(target_path, draft_path)) is None
+    assert find_profile(fingerprint(target_path, None)) is None
+    assert find_profile(fingerprint(target_path, target_path, link_gbps=1.0)) is None
+    assert find_profile(fingerprint(target_path, target_path, dtype=torch.bfloat16)) is None
+    assert find_profile(fingerprint(target_path, target_path)) is not None
+
+
+def test_one_of_another_machine_is_stale_and_says_why(
+    made: Profile, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = made.save()
+    kept = json.loads(path.read_text())
+    kept["fingerprint"]["machine"]["cpu"] = "Z80"
+    path.write_text(json.dumps(kept))
+    with pytest.raises(InvalidArgument, match=r'cpu "Z80", but here it is ".*run `spmoe profile`'):
+        find_profile(made.fingerprint)
+    with caplog.at_level(logging.WARNING):
+        assert known_costs(made.fingerprint) is None
+    assert "estimating instead" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": 0}', '{"costs": 1}'])
+def test_a_damaged_one_is_refused(made: Profile, text: str) -> None:
+    made.save().write_text(text)
+    with pytest.raises(InvalidArgument, match="not a profile of this version"):
+        find_profile(made.fingerprint)
+
+
+def test_load_uses_what_is_kept(
+    made: Profile, target_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.save()
+    monkeypatch.setattr(profile, "measure", None)  # would fail if it were called
+    with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
+        assert engine.planner is not None
+        assert engine.planner.costs == made.costs
+
+
+def test_without_a_profile_load_estimates_within_the_budget(target_path: Path) -> None:
+    with spmoe.load(target_path, target_path, expert_memory="20%") as engine:
+        assert engine.planner is not None
+        assert engine.planner.costs.draft_s > 0
+        assert engine.generate("Hello", max_new_tokens=8).stats.new_tokens == 8
+        assert set(engine.planner.costs.layer_s) <= {1, 2, 3, 4, 5}  # as iterations came
+
+
+def test_policies_without_limits_are_not_measured(target_path: Path) -> None:
+    with spmoe.load(target_path, expert_memory="50%", policy="on-demand") as engine:
+        assert engine.planner is None
+
+
+def test_the_command_keeps_one_and_prints_it(
+    target_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["profile", str(target_path), "--draft-model", str(target_path), "--repeats", "2"]
+    for flags in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["spmoe", *arguments, *flags])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == 0
+        out = capsys.readouterr().out
+        if flags:
+            assert Path(json.loads(out)["path"]).parent == cache / "profiles"
+            assert json.loads(out)["costs"]["draft_s"] > 0
+        else:
+            for line in ("draft step", "target layer, 1 row ", "link, 8 experts", "kept in"):
+                assert line in out
+    assert find_profile(fingerprint(target_path, target_path)) is not None
