@@ -35,8 +35,8 @@ from spmoe.cli.options import find_models, link_option, option, pair_options, pr
 @option("--plot", metavar="F", help="Time per token over expert memory, a picture.")
 def bench(**flags: Any) -> None:
     """Measure policies, budgets and draft lengths against each other and against the bound."""
-    import spmoe.bench
     from spmoe import report
+    from spmoe.bench import bench as run_grid
     from spmoe.prompts import select_prompts
     from spmoe.runtime import POLICIES
 
@@ -44,7 +44,7 @@ def bench(**flags: Any) -> None:
     target, draft = find_models(**flags | {"quiet": quiet})
     lengths = [int(text) if text.isdigit() else text for text in _list(flags["draft_length"])]
     with progress_bar(quiet) as progress:
-        result = spmoe.bench.bench(
+        result = run_grid(
             target,
             draft,
             select_prompts(flags["prompts"]),

@@ -1,0 +1,131 @@
+"""Time per token over the cutoff layer: how deep drafting should prefetch.
+
+Forces each cutoff layer on `sp-moe` in turn and prints the curve, with the layer that the latency
+model chooses by itself. Source: SP-MoE, arXiv:2510.10302, section 3.2 and its figure of TPOT
+against L.
+
+    python bench/python/cutoff_sweep.py --demo --link-gbps 2 --plot sweep.svg
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+from matplotlib.figure import Figure
+
+from spmoe.bench.bounds import link_peak_gbps
+from spmoe.bench.cell import Cell, Models, Tally, load_models, open_engine, run_prompt
+from spmoe.cli.options import find_models, link_option, pair_options, progress_bar
+from spmoe.metrics import cpu_model
+from spmoe.models.loading import resolve_dtype
+from spmoe.prompts import select_prompts
+
+
+@click.command()
+@pair_options
+@link_option
+@click.option("--expert-memory", default="25%", show_default=True)
+@click.option("--draft-length", default=4, show_default=True)
+@click.option("--step", default=3, show_default=True, help="Between forced cutoff layers.")
+@click.option("--prompts", default="own:0:2", show_default=True)
+@click.option("--max-new-tokens", "-n", default=48, show_default=True)
+@click.option("--repeats", default=2, show_default=True)
+@click.option("--md", type=click.Path(path_type=Path), help="The table in Markdown.")
+@click.option("--plot", type=click.Path(path_type=Path), help="The curve, a picture.")
+def main(**flags: Any) -> None:
+    """Force every STEP-th cutoff layer on sp-moe and print time per token."""
+    target, draft = find_models(**flags | {"quiet": False})
+    models = load_models(
+        target, draft, dtype=resolve_dtype(flags["dtype"]), link_gbps=flags["link_gbps"]
+    )
+    layers = len(models.target.moe_layers)
+    forced: list[int | None] = [*range(0, layers, flags["step"]), layers, None]
+    prompts = select_prompts(flags["prompts"])
+    tallies: dict[int | None, Tally] = {layer: Tally() for layer in forced}
+    chosen: list[int] = []
+    runs = [(p, layer) for _ in range(flags["repeats"]) for p in prompts for layer in forced]
+    with progress_bar(quiet=False) as progress:
+        for number, (prompt, layer) in enumerate(runs):
+            chosen += _run(models, prompt.text, layer, tallies[layer], flags)
+            progress(f"cutoff layer {layer}", number, len(runs))
+    peak = link_peak_gbps(models, flags["link_gbps"])
+    text = _table(tallies, chosen, layers)
+    paced = " (paced)" if flags["link_gbps"] else ""
+    caption = (
+        f"{cpu_model()}; link {peak:.2f} GB/s{paced}; sp-moe, expert memory "
+        f"{flags['expert_memory']}, {flags['draft_length']} drafted"
+    )
+    click.echo(f"{caption}\n\n{text}")
+    if flags["md"]:
+        flags["md"].write_text(f"{caption}\n\n{text}\n")
+    if flags["plot"]:
+        _plot(flags["plot"], tallies, chosen, caption)
+
+
+def _run(
+    models: Models, text: str, layer: int | None, tally: Tally, flags: dict[str, Any]
+) -> list[int]:
+    """Decode one prompt; return the cutoff layers that were chosen, if none was forced."""
+    cell = Cell("sp-moe", "auto", flags["expert_memory"], flags["draft_length"])
+    chosen: list[int] = []
+    with open_engine(models, cell, link_gbps=flags["link_gbps"]) as engine:
+        engine.cutoff_layer = layer
+        if layer is None:
+            set_limits = engine.runtime.set_limits
+
+            def remember(**limits: Any) -> None:
+                chosen.append(limits["cutoff_layer"])
+                set_limits(**limits)
+
+            engine.runtime.set_limits = remember
+        run_prompt(engine, engine.encode(text), flags["max_new_tokens"], tally)
+    return chosen
+
+
+def _tpot_ms(tally: Tally) -> float:
+    return statistics.fmean(tally.token_s) * 1e3
+
+
+def _table(tallies: dict[int | None, Tally], chosen: list[int], layers: int) -> str:
+    lines = ["| cutoff layer | TPOT ms | MB/token | stall ms |", "| --- | --- | --- | --- |"]
+    for layer, tally in tallies.items():
+        tokens = len(tally.token_s)
+        name = (
+            str(layer)
+            if layer is not None
+            else f"chosen: {min(chosen)} to {max(chosen)}, mean {statistics.fmean(chosen):.1f} "
+            f"of {layers}"
+        )
+        lines.append(
+            f"| {name} | {_tpot_ms(tally):.1f} | {tally.counters['link_bytes'] / tokens / 1e6:.1f} "
+            f"| {tally.counters['stall_s'] / tokens * 1e3:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _plot(path: Path, tallies: dict[int | None, Tally], chosen: list[int], caption: str) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    forced = {layer: tally for layer, tally in tallies.items() if layer is not None}
+    axes.plot(list(forced), [_tpot_ms(tally) for tally in forced.values()], marker="o")
+    axes.errorbar(
+        [statistics.fmean(chosen)],
+        [_tpot_ms(tallies[None])],
+        xerr=[[statistics.fmean(chosen) - min(chosen)], [max(chosen) - statistics.fmean(chosen)]],
+        fmt="s",
+        capsize=3,
+        label="chosen by the latency model",
+    )
+    axes.set_xlabel("cutoff layer")
+    axes.set_ylabel("time per output token, ms")
+    axes.set_ylim(bottom=0)
+    axes.set_title(caption, fontsize=7)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""One cell of a bench's grid: its settings, its runs, its row in the table."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+
+from spmoe.costs import Costs
+from spmoe.engine import Engine
+from spmoe.models.loading import load_draft, load_target, load_tokenizer
+from spmoe.profile import Fingerprint, estimate, known_costs
+from spmoe.runtime import Runtime
+
+_COUNTERS = (
+    *("hits", "late", "misses", "link_bytes", "link_busy_s", "stall_s", "compute_s"),
+    *("prefetch_wasted_bytes", "predicted_needs", "recalled"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row of the table."""
+
+    policy: str
+    eviction: str
+    expert_memory: int | str
+    draft_length: int | str
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a cell's runs came to."""
+
+    token_s: list[float] = field(default_factory=list)  # of every token but the first
+    ttft_s: list[float] = field(default_factory=list)
+    new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    iterations: int = 0
+    identical: bool = True
+    counters: dict[str, float] = field(default_factory=dict)
+    expert_memory_bytes: int = 0
+    eviction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A loaded pair, and what it costs on this machine; cells share it."""
+
+    target: Any
+    tokenizer: Any
+    draft: Any
+    costs: Costs
+
+
+def load_models(
+    target: str | PathLike[str],
+    draft: str | PathLike[str] | None,
+    *,
+    dtype: torch.dtype,
+    link_gbps: float,
+) -> Models:
+    """Load a pair. Its costs are those that `spmoe profile` kept, or else are estimated."""
+    loaded = load_target(target, dtype=dtype)
+    drafter = load_draft(draft) if draft is not None else None
+    fingerprint = Fingerprint.of(target, draft, dtype=dtype, device="auto", link_gbps=link_gbps)
+    costs = known_costs(fingerprint) or estimate(
+        loaded, drafter, expert_memory="50%", link_gbps=link_gbps
+    )
+    return Models(loaded, load_tokenizer(target), drafter, costs)
+
+
+def open_engine(models: Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine:
+    """Return an engine for a cell, with a cold cache."""
+    target = models.target
+    runtime = target.open_runtime(
+        expert_memory=cell.expert_memory,
+        link_gbps=link_gbps,
+        policy=cell.policy,
+        eviction=cell.eviction,
+    )
+    draft = models.draft if cell.draft_length != 0 else None
+    return Engine(
+        target,
+        models.tokenizer,
+        runtime,
+        draft=draft,
+        draft_length=cell.draft_length,
+        costs=models.costs,
+    )
+
+
+def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> list[int]:
+    """Decode one prompt, add what it came to, and return its new tokens."""
+    before = engine.runtime.stats()
+    text: list[int] = []
+    length: Any = engine.draft_length
+    for iteration in engine.iterate(tokens, max_new_tokens=count, draft_length=length):
+        seconds = iteration.draft_s + iteration.verify_s
+        if not text:
+            tally.ttft_s.append(seconds)
+            before = engine.runtime.stats()
+        else:
+            tally.token_s += [seconds / len(iteration.tokens)] * len(iteration.tokens)
+        text += iteration.tokens
+        tally.drafted += iteration.drafted
+        tally.accepted += iteration.accepted
+        tally.iterations += 1
+    after = engine.runtime.stats()
+    for name in _COUNTERS:
+        tally.counters[name] = tally.counters.get(name, 0) + after[name] - before[name]
+    tally.new_tokens += len(text)
+    tally.expert_memory_bytes = engine.runtime.expert_memory_bytes
+    tally.eviction = after["eviction"]
+    return text
+
+
+def degrade(runtime: Runtime, share: float) -> None:
+    """Exchange a share of the predicted experts, seeded, for random ones of the layer."""
+    generator = random.Random(0)
+    predict = runtime.predict
+
+    def degraded(layer: int, scores: torch.Tensor, **options: Any) -> None:
+        values = scores.clone()
+        for expert in range(len(values)):
+            if values[expert] > 1 and generator.random() < share:
+                other = generator.randrange(len(values))
+                values[[expert, other]] = values[[other, expert]]
+        predict(layer, values, **options)
+
+    runtime.predict = degraded  # type: ignore[assignment, method-assign]
+
+
+def to_row(
+    cell: Cell, tally: Tally, *, peak_gbps: float, prompts: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the cell's figures under the keys that scripts rely on; the bound comes later."""
+    counters = tally.counters
+    decoded = len(tally.token_s)
+    needed = counters["hits"] + counters["late"] + counters["misses"]
+    tpot = sorted(tally.token_s)
+    busy_s = counters["link_busy_s"]
+    gbps = counters["link_bytes"] / busy_s / 1e9 if busy_s else None
+
+    def percentile(share: float) -> float:
+        return tpot[min(int(share * decoded), decoded - 1)]
+
+    return {
+        "policy": cell.policy,
+        "eviction": tally.eviction,
+        "expert_memory": cell.expert_memory,
+        "expert_memory_bytes": tally.expert_memory_bytes,
+        "draft_length": cell.draft_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "prompts": prompts,
+        "new_tokens": tally.new_tokens,
+        "ttft_s": statistics.fmean(tally.ttft_s),
+        "tpot_s": {
+            "mean": statistics.fmean(tpot),
+            "p50": percentile(0.5),
+            "p90": percentile(0.9),
+            "p99": percentile(0.99),
+        },
+        "tokens_per_s": decoded / sum(tpot),
+        "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
+        "tokens_per_iteration": tally.new_tokens / tally.iterations,
+        "hit_rate": counters["hits"] / needed,
+        "late_rate": counters["late"] / needed,
+        "recall": counters["recalled"] / counters["predicted_needs"]
+        if counters["predicted_needs"]
+        else None,
+        "bytes_per_token": counters["link_bytes"] / decoded,
+        "wasted_share": max(0.0, counters["prefetch_wasted_bytes"] / counters["link_bytes"])
+        if counters["link_bytes"]
+        else 0.0,
+        "link_gbps": gbps,
+        "link_share": gbps / peak_gbps if gbps and peak_gbps else None,
+        "stall_s_per_token": counters["stall_s"] / decoded,
+        "compute_s_per_token": counters["compute_s"] / decoded,
+        "bound_tpot_s": None,
+        "ratio_to_bound": None,
+        "identical": tally.identical,
+    }

@@ -1,0 +1,146 @@
+"""`spmoe bench`: policies, budgets and draft lengths against each other and against the bound.
+
+Every cell of the grid runs with a cold cache, prompt by prompt; cells take turns, so that drift of
+the machine hits all alike. The target alone runs first: its tokens are what every cell must write.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+
+from spmoe import speculative
+from spmoe.bench.bounds import (
+    Routing,
+    add_bounds,
+    link_peak_gbps,
+    record_routing,
+    run_resident,
+)
+from spmoe.bench.cell import Cell, Tally, degrade, load_models, open_engine, run_prompt, to_row
+from spmoe.errors import InvalidArgument
+from spmoe.metrics import cpu_model
+from spmoe.models.cached import CachedCausalLM
+from spmoe.models.loading import load_plain, resolve_dtype
+from spmoe.progress import Progress, silent
+from spmoe.prompts import Prompt
+from spmoe.runtime import POLICIES
+
+
+def bench(
+    target: str | PathLike[str],
+    draft: str | PathLike[str] | None,
+    prompts: Sequence[Prompt],
+    *,
+    policies: Sequence[str] = POLICIES,
+    evictions: Sequence[str] = ("auto",),
+    expert_memory: Sequence[int | str] = ("10%", "25%", "50%"),
+    draft_lengths: Sequence[int | str] = (4,),
+    max_new_tokens: int = 128,
+    repeats: int = 3,
+    link_gbps: float = 0.0,
+    degrade_prediction: float = 0.0,
+    dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run the grid and return ``machine``, ``link_peak_gbps``, ``paced`` and ``rows``.
+
+    Args:
+        target: As for `load`.
+        draft: As for `load`.
+        prompts: What each cell decodes.
+        policies: Of `spmoe.runtime.POLICIES`.
+        evictions: Of `spmoe.runtime.EVICTIONS`, or "auto".
+        expert_memory: As for `load`.
+        draft_lengths: Tokens drafted an iteration, or "auto".
+        max_new_tokens: Of each prompt.
+        repeats: Runs of each cell.
+        link_gbps: Paces the link; 0 means as fast as it goes.
+        degrade_prediction: Share of predicted experts that are replaced by random ones.
+        dtype: As for `load`.
+        progress: Called after each run with a description, and done of total.
+
+    Raises:
+        InvalidArgument: A policy does not exist, or a setting is out of range.
+    """
+    if unknown := [policy for policy in policies if policy not in POLICIES]:
+        raise InvalidArgument(f'policy "{unknown[0]}" asked; use some of {", ".join(POLICIES)}')
+    if not 0 <= degrade_prediction <= 1 or repeats < 1:
+        raise InvalidArgument(
+            f"degrade_prediction must be in [0, 1] and repeats at least 1, got "
+            f"{degrade_prediction} and {repeats}"
+        )
+    report = progress or silent
+    grid = itertools.product(policies, evictions, expert_memory, draft_lengths)
+    # The oracle replays a run's routing, and with "auto" no run is like another.
+    cells = [
+        cell
+        for cell in itertools.starmap(Cell, grid)
+        if (cell.policy, cell.draft_length) != ("oracle", "auto")
+    ]
+    chosen = resolve_dtype(dtype)
+    models = load_models(target, draft, dtype=chosen, link_gbps=link_gbps)
+    runs = len(prompts) * (1 + repeats * (len(draft_lengths) + len(cells)))
+    done = itertools.count(1)
+
+    def tell(description: str) -> None:
+        report(description, next(done), runs)
+
+    with open_engine(models, Cell("on-demand", "auto", "100%", 0)) as warm:
+        encoded = [warm.encode(prompt.text) for prompt in prompts]
+    alone = list(_decode_alone(target, encoded, max_new_tokens, chosen, tell))
+    tallies = {cell: Tally() for cell in cells}
+    resident_s: dict[int | str, list[float]] = {length: [] for length in draft_lengths}
+    routings: dict[tuple[int | str, int], Routing] = {}
+    for _ in range(repeats):
+        for number, tokens in enumerate(encoded):
+            for length in draft_lengths:
+                resident_s[length] += run_resident(models, length, tokens, max_new_tokens)
+                tell(f"everything resident, draft length {length}")
+            for cell in cells:
+                key = (cell.draft_length, number)
+                if cell.policy == "oracle" and key not in routings:
+                    routings[key] = record_routing(models, key[0], tokens, max_new_tokens)
+                with open_engine(models, cell, link_gbps=link_gbps) as engine:
+                    if cell.policy == "oracle":
+                        engine.runtime.replay_routing(routings[key])
+                    if degrade_prediction:
+                        degrade(engine.runtime, degrade_prediction)
+                    text = run_prompt(engine, tokens, max_new_tokens, tallies[cell])
+                tallies[cell].identical &= text == alone[number][: len(text)]
+                tell(f"{cell.policy}, {cell.expert_memory}, draft length {cell.draft_length}")
+    peak = link_peak_gbps(models, link_gbps)
+    rows = [
+        to_row(cell, tallies[cell], peak_gbps=peak, prompts=len(prompts), dtype=chosen)
+        for cell in cells
+    ]
+    add_bounds(rows, resident_s, peak)
+    return {
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": torch.get_num_threads(),
+            "system": platform.platform(),
+            "torch": torch.__version__,
+        },
+        "link_peak_gbps": peak,
+        "paced": bool(link_gbps),
+        "degrade_prediction": degrade_prediction,
+        "rows": rows,
+    }
+
+
+def _decode_alone(
+    target: str | PathLike[str], encoded: list[list[int]], count: int, dtype: torch.dtype, tell: Any
+) -> Iterator[list[int]]:
+    plain = load_plain(target, dtype=dtype)
+    for tokens in encoded:
+        iterations = speculative.decode(
+            CachedCausalLM(plain), None, tokens, draft_length=0, max_length=len(tokens) + count
+        )
+        yield [token for iteration in iterations for token in iteration.tokens]
+        tell("the target alone")
