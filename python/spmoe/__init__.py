@@ -3,7 +3,13 @@
 SP-MoE (arXiv:2510.10302) and beyond: see README.md and docs/design.md.
 """
 
+import os
 from importlib.metadata import version
+
+# Spinning threads of torch's OpenMP would take the cores from the copy threads. Read by torch as it
+# is loaded, so a program that imports torch before spmoe has to set them itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 from spmoe.engine import Engine, load
 from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +41,27 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return Outcome(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+def test_torch_is_loaded_with_threads_that_do_not_spin() -> None:
+    watch = """
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ["OMP_WAIT_POLICY"], os.environ["KMP_BLOCKTIME"])
+
+sys.meta_path.insert(0, Watch())
+import spmoe.cli
+"""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP", "KMP"))
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", watch], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["PASSIVE", "0"]
 
 
 @pytest.fixture

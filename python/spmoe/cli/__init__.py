@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
-
-# Spinning threads of torch's OpenMP would take the cores from the copy threads. Read at import.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import click
 
