@@ -17,6 +17,7 @@ from spmoe import predictor, speculative
 from spmoe.config import check_draft_length
 from spmoe.draft_length import DraftLength
 from spmoe.errors import Error, InvalidArgument
+from spmoe.layer_map import LayerMap
 from spmoe.metrics import Metrics, Timing, summarise
 from spmoe.models.cached import CachedCausalLM, CausalLM
 from spmoe.models.experts import attach
@@ -58,6 +59,9 @@ class Generation:
 class Engine:
     """A target whose experts are offloaded, its tokenizer, and perhaps a draft; see `load`.
 
+    A draft of another depth or width predicts experts through ``layer_map``, one of the target's
+    depth and width without.
+
     Thread-safe: requests of several threads interleave, and the figures of each then count what the
     others did meanwhile. A context manager.
     """
@@ -70,12 +74,14 @@ class Engine:
         *,
         draft: CausalLM | None = None,
         draft_length: int | str = 4,
+        layer_map: LayerMap | None = None,
     ) -> None:
         self.target = target
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
+        self.layer_map = layer_map
         self.last: Metrics | None = None  # figures of the last request
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._covered_rows = 0  # of the running verification, which the draft predicted for
@@ -137,12 +143,22 @@ class Engine:
         sources = predictor.SOURCES.get(self.runtime.policy, ())
         target_source: Literal["draft", "target"] = "target"
         if "draft" in sources and self.draft is not None:
-            if mismatch := predictor.draft_mismatch(self.target, self.draft):
-                log.warning("%s: experts are predicted inside the target instead", mismatch)
+            mismatch = predictor.draft_mismatch(self.target, self.draft)
+            if mismatch and self.layer_map is None:
+                log.warning(
+                    "%s, and no layer map is there for them: experts are predicted inside the "
+                    "target instead; `spmoe profile` fits a map",
+                    mismatch,
+                )
                 sources, target_source = ("target",), "draft"
             else:
                 self._hooks.enter_context(
-                    predictor.draft_predictions(self.target, self.draft, self._tell_draft)
+                    predictor.draft_predictions(
+                        self.target,
+                        self.draft,
+                        self._tell_draft,
+                        layer_map=self.layer_map if mismatch else None,
+                    )
                 )
         if "target" in sources:
 
