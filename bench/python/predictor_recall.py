@@ -48,6 +48,7 @@ LAST_ROWS = {
 @click.option("--prompts", default="own:0:8", show_default=True, help="As for `spmoe bench`.")
 @click.option("--max-new-tokens", "-n", type=click.IntRange(min=2), default=40, show_default=True)
 @click.option("--draft-length", type=click.IntRange(1, 31), default=4, show_default=True)
+@click.option("--draft-layers", type=click.IntRange(min=1), help="Cut the draft after so many.")
 @click.option("--map", "with_map", is_flag=True, help="Fit a layer map for an equal pair too.")
 @click.option("--json", "json_path", metavar="F", help="Every count.")
 @click.option("--md", "md_path", metavar="F", help="The tables in Markdown.")
@@ -84,11 +85,14 @@ def measure(
     prompts: str,
     max_new_tokens: int,
     draft_length: int,
+    draft_layers: int | None,
     with_map: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Return counts by verification and by token, and what they were made with."""
     target, draft = load_target(model), load_draft(draft_model)
+    if draft_layers is not None:
+        _cut(draft, draft_layers)
     tokenizer = load_tokenizer(model)
     texts = [encode(tokenizer, prompt.text) for prompt in select_prompts(prompts)]
     fitted = None
@@ -134,6 +138,12 @@ def measure(
         },
         "by_verification": by_last_row,
     }
+
+
+def _cut(draft: Any, layers: int) -> None:
+    """Make the draft one of another depth: worse at drafting, and read through a layer map."""
+    del draft.get_decoder().layers[layers:]
+    draft.config.get_text_config().num_hidden_layers = layers
 
 
 def _everything_resident(target: TargetModel) -> Runtime:
