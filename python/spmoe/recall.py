@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-BUCKETS = 10  # of probabilities, equally wide
+# Where buckets of probabilities begin: an octave each.
+BUCKETS = (0.0, *(2.0**-octave for octave in range(8, 0, -1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +112,11 @@ class TokenTally:
 
     Attributes:
         recall: The counts.
-        buckets: Router probability as predicted, against use; `BUCKETS` from 0 to 1.
+        buckets: Router probability as predicted, against use; one for each of `BUCKETS`.
     """
 
     recall: Recall = Recall()
-    buckets: list[Bucket] = field(
-        default_factory=lambda: [Bucket(number / BUCKETS) for number in range(BUCKETS)]
-    )
+    buckets: list[Bucket] = field(default_factory=lambda: [Bucket(low) for low in BUCKETS])
 
     def add(self, scores: torch.Tensor, chosen: torch.Tensor) -> None:
         """Count predictions against the truth.
@@ -132,9 +131,9 @@ class TokenTally:
         self.recall += Recall(tokens * k, int(right[:, :k].sum()), int(right.sum()), tokens * k)
         used = torch.zeros_like(scores).scatter_(1, chosen, 1.0)
         probability = scores - (scores >= 1).to(scores.dtype)  # less the 1 of a selection
-        place = (probability * BUCKETS).long().clamp(0, BUCKETS - 1).flatten()
-        predictions = place.bincount(minlength=BUCKETS).tolist()
-        uses = place.bincount(weights=used.flatten(), minlength=BUCKETS).tolist()
+        place = torch.bucketize(probability, torch.tensor(BUCKETS[1:]), right=True).flatten()
+        predictions = place.bincount(minlength=len(BUCKETS)).tolist()
+        uses = place.bincount(weights=used.flatten(), minlength=len(BUCKETS)).tolist()
         for bucket, count, count_used in zip(self.buckets, predictions, uses, strict=True):
             bucket.predictions += count
             bucket.used += count_used

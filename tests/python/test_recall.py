@@ -91,9 +91,9 @@ class TestTokens:
     def test_calibration_by_hand(self) -> None:
         tally = TokenTally()
         tally.add(self.SCORES, torch.tensor([[1, 3], [3, 0]]))
-        by_low = {round(bucket.low, 1): bucket for bucket in tally.buckets}
-        assert [by_low[low / 10].predictions for low in range(10)] == [5, 2, 3, 0, 1, 1, 0, 0, 0, 0]
-        assert [by_low[low / 10].used for low in range(10)] == [1, 0, 2, 0, 1, 0, 0, 0, 0, 0]
+        assert [bucket.low * 256 for bucket in tally.buckets] == [0, 1, 2, 4, 8, 16, 32, 64, 128]
+        assert [bucket.predictions for bucket in tally.buckets] == [2, 0, 0, 1, 1, 2, 3, 2, 1]
+        assert [bucket.used for bucket in tally.buckets] == [0, 0, 0, 0, 0, 1, 1, 2, 0]
 
     def test_a_2k_past_the_experts_is_all_of_them(self) -> None:
         tally = TokenTally()
@@ -105,8 +105,8 @@ class TestTokens:
         one.add(torch.tensor([[1.95, 0.05]]), torch.tensor([[0]]))
         other.add(torch.tensor([[1.95, 0.05]]), torch.tensor([[1]]))
         joined = joined_buckets([one, other])
-        assert joined[0] == Bucket(0.0, 2, 1)
-        assert joined[9] == Bucket(0.9, 2, 1)
+        assert joined[4] == Bucket(1 / 32, 2, 1)
+        assert joined[8] == Bucket(1 / 2, 2, 1)
 
 
 @dataclass
