@@ -16,6 +16,8 @@ from spmoe.config import check_draft_length
 from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
 from spmoe.errors import InvalidArgument
+from spmoe.layer_map import LayerMap
+from spmoe.measure import estimate
 from spmoe.metrics import Metrics
 from spmoe.models.cached import CachedCausalLM, CausalLM
 from spmoe.models.experts import attach
@@ -29,7 +31,7 @@ from spmoe.models.loading import (
 from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.pairing import check_pairing
 from spmoe.planner import COUNTERS, PLANNED, Planner, Shape
-from spmoe.profile import Fingerprint, estimate, known_costs
+from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, silent
 from spmoe.request import Generation, Request
 from spmoe.runtime import Runtime
@@ -51,6 +53,7 @@ class Engine(Closeable):
         draft: Proposes tokens; of the same tokenizer.
         draft_length: As for `load`.
         costs: Of this machine; without them policies run without limits.
+        layer_map: Lets a draft of another depth or width predict experts.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Engine(Closeable):
         draft: CausalLM | None = None,
         draft_length: int | str = 4,
         costs: Costs | None = None,
+        layer_map: LayerMap | None = None,
     ) -> None:
         self.target = target
         self.tokenizer = tokenizer
@@ -78,6 +82,7 @@ class Engine(Closeable):
             )
             self.planner = Planner(costs, shape)
         self.cutoff_layer: int | None = None  # in place of the planner's
+        self.layer_map = layer_map
         self.last: Metrics | None = None  # figures of the last request
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._read_last = False
@@ -171,12 +176,22 @@ class Engine(Closeable):
         sources = predictor.SOURCES.get(self.runtime.policy, ())
         target_source: Literal["draft", "target"] = "target"
         if "draft" in sources and self.draft is not None:
-            if mismatch := predictor.draft_mismatch(self.target, self.draft):
-                log.warning("%s: experts are predicted inside the target instead", mismatch)
+            mismatch = predictor.draft_mismatch(self.target, self.draft)
+            if mismatch and self.layer_map is None:
+                log.warning(
+                    "%s, and no layer map is there for them: experts are predicted inside the "
+                    "target instead; `spmoe profile` fits a map",
+                    mismatch,
+                )
                 sources, target_source = ("target",), "draft"
             else:
                 self._hooks.enter_context(
-                    predictor.draft_predictions(self.target, self.draft, self._tell_draft)
+                    predictor.draft_predictions(
+                        self.target,
+                        self.draft,
+                        self._tell_draft,
+                        layer_map=self.layer_map if mismatch else None,
+                    )
                 )
         if "target" in sources:
 
@@ -292,11 +307,12 @@ def load(
         report("loading the draft", 1, steps)
         drafter = load_draft(draft)
         check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
-    costs = None
+    costs = layer_map = None
     if policy in PLANNED:
         fingerprint = Fingerprint.of(
             target, draft, dtype=chosen, device=device, link_gbps=link_gbps
         )
+        layer_map = known_layer_map(fingerprint)
         costs = known_costs(fingerprint)
         if costs is None:
             report("estimating costs", steps - 2, steps)
@@ -313,4 +329,12 @@ def load(
         trace_spans=trace_spans,
     )
     report("ready", steps, steps)
-    return Engine(loaded, tokenizer, runtime, draft=drafter, draft_length=draft_length, costs=costs)
+    return Engine(
+        loaded,
+        tokenizer,
+        runtime,
+        draft=drafter,
+        draft_length=draft_length,
+        costs=costs,
+        layer_map=layer_map,
+    )

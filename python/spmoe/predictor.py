@@ -1,8 +1,9 @@
 """Which experts the target will choose, told ahead of time by what is being computed anyway.
 
 While the draft writes a token, the state of each of its layers goes through the *target's* router
-of the same layer, and the scores go to the runtime, layer by layer. Inside the target, the state
-of a layer goes through the routers of the next ones.
+of the same layer, and the scores go to the runtime, layer by layer. Where the draft is of another
+depth or width, a `LayerMap` stands for the router. Inside the target, the state of a layer goes
+through the routers of the next ones.
 
 Predictions change when bytes move, never the text.
 
@@ -11,18 +12,18 @@ Source: SP-MoE, arXiv:2510.10302, section 3.1; AdapMoE, arXiv:2408.10284, for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from spmoe.errors import InvalidArgument
-
-# What of a layer is shown to the router, and whether the target's own norm is in between.
-STATES = ("residual", "mlp-input", "attention")
+from spmoe.layer_map import MAPPED_STATE, LayerMap
+from spmoe.states import STATES, HasMoeLayers, check_state, decoder_layers, watch_state
 
 MAX_ROWS = 32  # a pass of more tokens is a prompt, which needs nearly every expert
 
@@ -36,20 +37,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
 Report = Callable[[int, torch.Tensor], None]  # MoE layer, scores [experts]
 
 
-class HasMoeLayers(Protocol):
-    """A `TargetModel`."""
-
-    @property
-    def model(self) -> Any:
-        """The transformers model."""
-        ...
-
-    @property
-    def moe_layers(self) -> Sequence[Any]:
-        """Layers with routed experts, in order: each has ``number`` and ``gate``."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Router:
     """What the target does between attention and experts in one MoE layer."""
@@ -58,24 +45,23 @@ class Router:
     gate: Any
 
     def scores(self, state: torch.Tensor, *, normed: bool) -> torch.Tensor:
-        """Return what the router thinks of some tokens, summed over them.
+        """Return what the router thinks of each of some tokens.
 
         Args:
             state: [tokens, hidden], the residual stream, or what a norm made of it.
             normed: The state needs no norm any more.
 
         Returns:
-            [experts], float32: router probabilities, and 1 more for each token that selects the
-            expert.
+            [tokens, experts], float32: router probabilities, and 1 more for each expert that the
+            token selects.
         """
         state = state.to(self.norm.weight.dtype)
         # Forward of the class: calling the module would fire the hooks that others put on it.
         if not normed:
             state = type(self.norm).forward(self.norm, state)
         logits, _, index = type(self.gate).forward(self.gate, state)
-        scores = logits.detach().float().softmax(dim=-1)
-        joined: torch.Tensor = scores.scatter_add(1, index, torch.ones_like(scores)).sum(dim=0)
-        return joined
+        scores: torch.Tensor = logits.detach().float().softmax(dim=-1)
+        return scores.scatter_add(1, index, torch.ones_like(scores))
 
 
 def routers(target: HasMoeLayers) -> list[Router]:
@@ -85,8 +71,9 @@ def routers(target: HasMoeLayers) -> list[Router]:
         InvalidArgument: A layer has no norm or gate under the names that transformers uses.
     """
     found = []
+    blocks = decoder_layers(target.model)
     for layer in target.moe_layers:
-        norm = getattr(_block(target.model, layer), "post_attention_layernorm", None)
+        norm = getattr(blocks[layer.number], "post_attention_layernorm", None)
         if norm is None or layer.gate is None:
             raise InvalidArgument(
                 f"layer {layer.number} of {type(target.model).__name__} has no "
@@ -107,39 +94,82 @@ def draft_mismatch(target: HasMoeLayers, draft: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class DraftReader:
+    """How one MoE layer of the target is told from the draft.
+
+    Attributes:
+        layer: The draft's decoder layer whose state is read.
+        state: Which of `spmoe.states.STATES`.
+        scores: The state [tokens, draft hidden] -> scores [tokens, experts], as `Router.scores`.
+    """
+
+    layer: nn.Module
+    state: str
+    scores: Callable[[torch.Tensor], torch.Tensor]
+
+
+def draft_readers(
+    target: HasMoeLayers, draft: Any, *, state: str = STATES[0], layer_map: LayerMap | None = None
+) -> list[DraftReader]:
+    """Return how the draft tells of the target's MoE layers, one for each. As `draft_predictions`.
+
+    Raises:
+        InvalidArgument: As there.
+    """
+    check_state(state)
+    layers = decoder_layers(draft)
+    if layer_map is not None:
+        if stale := layer_map.mismatch(target, draft):
+            raise InvalidArgument(f"the layer map is stale: {stale}; run `spmoe profile` again")
+        return [
+            DraftReader(layers[number], MAPPED_STATE, partial(layer_map.scores, ordinal))
+            for ordinal, number in enumerate(layer_map.draft_layers)
+        ]
+    if mismatch := draft_mismatch(target, draft):
+        raise InvalidArgument(
+            f"{mismatch}: its layers cannot stand for the target's without a layer map; run "
+            "`spmoe profile` to fit one"
+        )
+    return [
+        DraftReader(layers[layer.number], state, partial(router.scores, normed=state != "residual"))
+        for layer, router in zip(target.moe_layers, routers(target), strict=True)
+    ]
+
+
 @contextmanager
 def draft_predictions(
-    target: HasMoeLayers, draft: Any, report: Report, *, state: str = STATES[0]
+    target: HasMoeLayers,
+    draft: Any,
+    report: Report,
+    *,
+    state: str = STATES[0],
+    layer_map: LayerMap | None = None,
 ) -> Iterator[None]:
     """Report predictions for the target while ``draft`` runs, of the last token that it reads.
 
     Args:
         target: The model whose experts are predicted.
-        draft: A transformers model with as many layers and the same hidden size.
-        report: Called with a MoE layer and its scores, in the order of layers.
+        draft: A transformers model; without a map, with as many layers and the same hidden size.
+        report: Called with a MoE layer and its scores, layer by layer as the draft computes them.
         state: "residual" (the stream after attention, through the target's norm), "mlp-input"
             (after the draft's own norm) or "attention" (attention's output alone).
+        layer_map: Stands for the target's routers. It reads the one state that it was fitted on.
 
     Raises:
-        InvalidArgument: The models differ in depth or width, or the state is not one of these.
+        InvalidArgument: The models differ in depth or width and there is no map, the map does not
+            fit them, or the state is not one of these.
     """
-    if state not in STATES:
-        raise InvalidArgument(f'state "{state}" is not one of {", ".join(STATES)}')
-    if mismatch := draft_mismatch(target, draft):
-        raise InvalidArgument(f"{mismatch}: its layers cannot stand for the target's")
     with ExitStack() as hooks:
-        pairs = zip(target.moe_layers, routers(target), strict=True)
-        for ordinal, (layer, router) in enumerate(pairs):
-            block: Any = _block(draft, layer)
+        readers = draft_readers(target, draft, state=state, layer_map=layer_map)
+        for ordinal, reader in enumerate(readers):
 
             def tell(
-                captured: torch.Tensor, ordinal: int = ordinal, router: Router = router
+                captured: torch.Tensor, ordinal: int = ordinal, reader: DraftReader = reader
             ) -> None:
-                last = captured[0, -1:]  # [1, hidden]
-                report(ordinal, router.scores(last, normed=state != "residual"))
+                report(ordinal, reader.scores(captured[-1:])[0])
 
-            module = block.self_attn if state == "attention" else block.post_attention_layernorm
-            _capture(hooks, module, tell, before=state == "residual")
+            watch_state(hooks, reader.layer, reader.state, tell)
         yield
 
 
@@ -159,39 +189,17 @@ def target_predictions(
         ahead: How many layers ahead, from 1 to 3.
         first_row: Called in each layer: rows before it are left out.
     """
-    found = routers(target)
+    found, blocks = routers(target), decoder_layers(target.model)
     with ExitStack() as hooks:
         for ordinal, layer in enumerate(target.moe_layers):
             nexts = range(ordinal + 1, min(ordinal + 1 + ahead, len(found)))
 
-            def tell(captured: torch.Tensor, nexts: range = nexts) -> None:
-                rows = captured[0]  # [tokens, hidden]
+            def tell(rows: torch.Tensor, nexts: range = nexts) -> None:
                 if len(rows) > MAX_ROWS or first_row() >= len(rows):
                     return
                 for later in nexts:
-                    report(later, found[later].scores(rows[first_row() :], normed=False))
+                    scores = found[later].scores(rows[first_row() :], normed=False)
+                    report(later, scores.sum(dim=0))
 
-            block: Any = _block(target.model, layer)
-            _capture(hooks, block.post_attention_layernorm, tell, before=True)
+            watch_state(hooks, blocks[layer.number], "residual", tell)
         yield
-
-
-def _block(model: nn.Module, layer: Any) -> nn.Module:
-    """Return the decoder layer of ``model`` at the place of the target's MoE layer."""
-    parts = layer.path.split(".")
-    return model.get_submodule(".".join(parts[: parts.index(str(layer.number)) + 1]))
-
-
-def _capture(
-    hooks: ExitStack, module: nn.Module, tell: Callable[[torch.Tensor], None], *, before: bool
-) -> None:
-    def before_hook(_module: nn.Module, inputs: Any) -> None:
-        tell(inputs[0].detach())
-
-    def after_hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        tell((output[0] if isinstance(output, tuple) else output).detach())
-
-    if before:
-        hooks.callback(module.register_forward_pre_hook(before_hook).remove)
-    else:
-        hooks.callback(module.register_forward_hook(after_hook).remove)

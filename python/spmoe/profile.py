@@ -6,9 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from os import PathLike
@@ -17,34 +15,16 @@ from typing import Any, Self
 
 import torch
 
-from spmoe import probe
-from spmoe.config import default_cache, parse_memory
+from spmoe.config import default_cache
 from spmoe.costs import Costs
 from spmoe.errors import InvalidArgument
+from spmoe.layer_map import LayerMap
 from spmoe.metrics import cpu_model
-from spmoe.models.cached import CachedCausalLM, CausalLM
 from spmoe.models.checkpoint import find_checkpoint
-from spmoe.models.experts import attach
-from spmoe.models.loading import (
-    TargetModel,
-    load_draft,
-    load_target,
-    load_tokenizer,
-    resolve_dtype,
-)
-from spmoe.progress import Progress, silent
-from spmoe.prompts import load_prompts
-from spmoe.runtime import Runtime
-
-ROWS = (1, 2, 3, 5, 9, 17)  # of a verification
-BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once
 
 log = logging.getLogger("spmoe")
 
 _FORMAT = 1
-_ESTIMATE_CONTEXT = 16  # tokens
-_MEASURE_TOKENS = 64  # of the text that layers are measured on
-_LINK_SLOTS = 16  # of the small pools that the link is measured with
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +86,34 @@ class Profile:
         costs: Medians.
         spread: Name of a cost -> interquartile range of its samples over their median.
         fingerprint: What they hold for.
+        layer_map: Of a draft of another depth or width than the target; it holds for the pair.
     """
 
     costs: Costs
     spread: dict[str, float]
     fingerprint: Fingerprint
+    layer_map: LayerMap | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON knows it."""
-        return asdict(self)
+        """Return all but the map as JSON knows it."""
+        return {
+            "costs": asdict(self.costs),
+            "spread": self.spread,
+            "fingerprint": asdict(self.fingerprint),
+        }
 
     def save(self) -> Path:
-        """Write it to its place in the cache folder, whole or not at all; return the place."""
+        """Write it to its place in the cache folder, whole or not at all; return the place.
+
+        The map goes beside it.
+        """
         path = self.fingerprint.path
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({"format": _FORMAT} | self.as_dict(), indent=1))
         partial.replace(path)
+        if self.layer_map is not None:
+            self.layer_map.save(self.fingerprint.layer_map_path, self.fingerprint.pair)
         return path
 
 
@@ -164,165 +155,15 @@ def known_costs(fingerprint: Fingerprint) -> Costs | None:
     return kept.costs if kept is not None else None
 
 
-def make_profile(
-    target: str | PathLike[str],
-    draft: str | PathLike[str] | None,
-    *,
-    expert_memory: int | str = "50%",
-    dtype: torch.dtype | str | None = None,
-    device: str = "auto",
-    link_gbps: float = 0.0,
-    repeats: int = 7,
-    progress: Progress | None = None,
-) -> Profile:
-    """Load a pair and measure it; the result is not saved yet. Arguments as for `spmoe.load`."""
-    chosen = resolve_dtype(dtype)
-    loaded = load_target(target, dtype=chosen)
-    drafter = load_draft(draft) if draft is not None else None
-    text = load_prompts()[0].text
-    tokens: list[int] = load_tokenizer(target)(text)["input_ids"]
-    costs, spread = measure(
-        loaded,
-        drafter,
-        (tokens * _MEASURE_TOKENS)[:_MEASURE_TOKENS],
-        expert_memory=expert_memory,
-        repeats=repeats,
-        device=device,
-        link_gbps=link_gbps,
-        progress=progress,
-    )
-    fingerprint = Fingerprint.of(target, draft, dtype=chosen, device=device, link_gbps=link_gbps)
-    return Profile(costs, spread, fingerprint)
-
-
-def estimate(
-    target: TargetModel, draft: CausalLM | None, *, expert_memory: int | str, **options: Any
-) -> Costs:
-    """Return rough costs in about a second; a layer's become true as iterations are observed.
-
-    Arguments as for `measure`; holds no more than ``expert_memory`` meanwhile.
-    """
-    vocabulary = int(target.model.config.get_text_config().vocab_size)
-    tokens = [token % vocabulary for token in range(_ESTIMATE_CONTEXT)]
-    costs, _ = measure(
-        target,
-        draft,
-        tokens,
-        expert_memory=expert_memory,
-        repeats=3,
-        rows=(),
-        batches=(8,),
-        **options,
-    )
-    return costs
-
-
-def measure(
-    target: TargetModel,
-    draft: CausalLM | None,
-    tokens: Sequence[int],
-    *,
-    expert_memory: int | str,
-    repeats: int = 7,
-    rows: Sequence[int] = ROWS,
-    batches: Sequence[int] = BATCHES,
-    progress: Progress | None = None,
-    **options: Any,
-) -> tuple[Costs, dict[str, float]]:
-    """Measure a pair on this machine, a sample of each cost in turn, so that drift hits all alike.
-
-    Args:
-        target: If layers are measured, a runtime that is closed by then is attached afterwards.
-        draft: Perhaps none.
-        tokens: A text, longer than the most rows.
-        expert_memory: To measure layers in, as for `Runtime`; larger is truer, since their experts
-            should be resident.
-        repeats: Samples of each cost.
-        rows: Of a verification; none: a layer is taken to cost what one of the draft does.
-        batches: Experts that a layer demands at once.
-        progress: Called after each round, with a description, and done of total.
-        **options: Of `Runtime`: device, pacing.
-
-    Returns:
-        The costs, and the spread of each.
-    """
-    report = progress or silent
-    with ExitStack() as pools:
-        small = pools.enter_context(_small_pool(target, expert_memory, **options))
-        samplers: dict[tuple[str, int], Iterator[float]] = {}
-        work = _read_head(target)
-        if draft is not None:
-            samplers["draft_s", 0] = probe.draft_steps(draft, tokens)
-            work = _draft_step(draft, tokens)
-        if rows:
-            runtime = target.open_runtime(expert_memory=expert_memory, **options)
-            attach(target, pools.enter_context(runtime))
-        for at in rows:
-            samplers["layer_s", at] = probe.target_layers(target, runtime, tokens, at)
-        largest = min(target.store.expert_count, small.stats(by_layer=False)["slots"])
-        for at in sorted({min(batch, largest) for batch in batches}):
-            samplers["copy_s", at] = probe.copies(small, at)
-        samplers["prefetch_s", 0] = probe.losses(small, work)
-        samples: dict[tuple[str, int], list[float]] = {key: [] for key in samplers}
-        for number in range(repeats + 1):
-            for key, sampler in samplers.items():
-                samples[key].append(next(sampler))
-            report("measuring costs", number, repeats)
-    # The first round prepares: pages are touched, kernels chosen.
-    medians = {key: statistics.median(values[1:]) for key, values in samples.items()}
-    by_name: dict[str, dict[int, float]] = {"layer_s": {}, "copy_s": {}}
-    for (name, at), seconds in medians.items():
-        by_name.setdefault(name, {})[at] = seconds
-    draft_s = medians.get(("draft_s", 0), 0.0)
-    depth = draft.config.get_text_config().num_hidden_layers if draft is not None else 1
-    costs = Costs(
-        draft_s=draft_s,
-        layer_s=by_name["layer_s"] or {1: draft_s / depth},
-        copy_s=by_name["copy_s"],
-        expert_bytes=target.store.blob_bytes,
-        prefetch_s=medians["prefetch_s", 0],
-    )
-    spread = {
-        f"{name}[{at}]" if at else name: _spread(values[1:])
-        for (name, at), values in samples.items()
-    }
-    return costs, spread
-
-
-def _small_pool(target: TargetModel, expert_memory: int | str, **options: Any) -> Runtime:
-    """Return a runtime to measure the link with: larger than a batch, smaller than the budget."""
-    store = target.store
-    slots = min(_LINK_SLOTS, store.layer_count * store.expert_count // 2)
-    wanted = max(slots, target.experts_per_token) * -(-store.blob_bytes // 256) * 256
-    given = parse_memory(expert_memory, store.total_bytes)
-    return target.open_runtime(expert_memory=min(wanted, given), policy="sp-moe", **options)
-
-
-def _draft_step(draft: CausalLM, tokens: Sequence[int]) -> Any:
-    model = CachedCausalLM(draft)
-    model.read(tokens)
-
-    def step() -> None:
-        model.read(tokens[-1:])
-        model.rewind(len(tokens))
-
-    return step
-
-
-def _read_head(target: TargetModel) -> Any:
-    """Return work that reads much memory, as decoding does: the target's own output layer."""
-    model: Any = target.model
-    head = model.get_output_embeddings()
-    state = torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype)
-    return lambda: torch.nn.functional.linear(state, head.weight)
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Return the interquartile range over the median."""
-    if len(values) < 2:
-        return 0.0
-    first, middle, third = statistics.quantiles(values, n=4)
-    return (third - first) / middle if middle else 0.0
+def known_layer_map(fingerprint: Fingerprint) -> LayerMap | None:
+    """Return the map kept for this pair; None, with a warning if there is a stale one."""
+    if not fingerprint.layer_map_path.exists():
+        return None
+    try:
+        return LayerMap.load(fingerprint.layer_map_path, fingerprint.pair)
+    except InvalidArgument as stale:
+        log.warning("%s", stale)
+        return None
 
 
 def _describe(model: str | PathLike[str]) -> Mapping[str, Any]:

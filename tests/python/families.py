@@ -149,9 +149,9 @@ def make_checkpoint(
     return _write(FAMILIES[family](), path, seed=seed, dtype=dtype, with_tokenizer=with_tokenizer)
 
 
-def make_dense_draft(path: Path, *, seed: int = 0) -> Path:
+def make_dense_draft(path: Path, *, seed: int = 0, **changed: Any) -> Path:
     """Write a random one-layer Llama with the same tokenizer into ``path``; return ``path``."""
-    config = _config("llama", intermediate_size=96, num_hidden_layers=1)
+    config = _config("llama", **({"intermediate_size": 96, "num_hidden_layers": 1} | changed))
     return _write(config, path, seed=seed, dtype=torch.float32, with_tokenizer=True)
 
 

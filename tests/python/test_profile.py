@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import cli, profile
+from spmoe import cli, measure
 from spmoe.errors import InvalidArgument
-from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, make_profile
+from spmoe.measure import make_profile
+from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_load_uses_what_is_kept(
     made: Profile, target_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made.save()
-    monkeypatch.setattr(profile, "measure", None)  # would fail if it were called
+    monkeypatch.setattr(measure, "measure", None)  # would fail if it were called
     with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
         assert engine.planner is not None
         assert engine.planner.costs == made.costs
@@ -105,6 +106,32 @@ def test_without_a_profile_load_estimates_within_the_budget(target_path: Path) -
         assert engine.planner.costs.draft_s > 0
         assert engine.generate("Hello", max_new_tokens=8).stats.new_tokens == 8
         assert set(engine.planner.costs.layer_s) <= {1, 2, 3, 4, 5}  # as iterations came
+
+
+def test_a_draft_of_another_shape_gets_a_layer_map_that_load_uses(
+    target_path: Path, draft_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_profile(target_path, draft_path, repeats=2).save()
+    with (
+        caplog.at_level(logging.WARNING),
+        spmoe.load(target_path, draft_path, expert_memory="50%", policy="sp-moe") as engine,
+    ):
+        assert engine.layer_map is not None
+        engine.generate("Hello", max_new_tokens=12)
+        assert engine.runtime.stats()["predictions"] > 0
+    assert "no layer map" not in caplog.text
+
+
+def test_a_stale_layer_map_is_left_out_with_a_warning(
+    target_path: Path, draft_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_profile(target_path, draft_path, repeats=2)
+    made.save()
+    assert made.layer_map is not None
+    made.layer_map.save(made.fingerprint.layer_map_path, "another pair")
+    with caplog.at_level(logging.WARNING):
+        assert known_layer_map(made.fingerprint) is None
+    assert "is stale" in caplog.text
 
 
 def test_policies_without_limits_are_not_measured(target_path: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 
 from spmoe.costs import Costs
 from spmoe.engine import Engine
+from spmoe.layer_map import LayerMap
+from spmoe.measure import estimate
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
-from spmoe.profile import Fingerprint, estimate, known_costs
+from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.runtime import Runtime
 
 _COUNTERS = (
@@ -56,6 +58,7 @@ class Models:
     tokenizer: Any
     draft: Any
     costs: Costs
+    layer_map: LayerMap | None
 
 
 def load_models(
@@ -72,7 +75,8 @@ def load_models(
     costs = known_costs(fingerprint) or estimate(
         loaded, drafter, expert_memory="50%", link_gbps=link_gbps
     )
-    return Models(loaded, load_tokenizer(target), drafter, costs)
+    layer_map = known_layer_map(fingerprint)
+    return Models(loaded, load_tokenizer(target), drafter, costs, layer_map)
 
 
 def open_engine(models: Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine:
@@ -92,6 +96,7 @@ def open_engine(models: Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine
         draft=draft,
         draft_length=cell.draft_length,
         costs=models.costs,
+        layer_map=models.layer_map,
     )
 
 

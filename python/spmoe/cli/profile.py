@@ -38,7 +38,7 @@ def profile(**flags: Any) -> None:
     Seconds of a draft step, of a target layer, of experts on the link, and what copies take from
     compute. Kept in the cache folder until machine, pair or settings change.
     """
-    from spmoe.profile import make_profile
+    from spmoe.measure import make_profile
 
     quiet = flags["quiet"] or flags["as_json"]
     target, draft = find_models(**flags | {"quiet": quiet})

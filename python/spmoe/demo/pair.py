@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from spmoe.calibration import calibration_text, tokenize_calibration
 from spmoe.config import default_cache
 from spmoe.demo import cache, dense, routing
 from spmoe.demo.checkpoint import write_draft, write_target
@@ -65,7 +66,7 @@ def ensure_pair(
     report = progress or silent
     pair = Pair(target=root / variant, draft=root / "draft")
     draft_print = fingerprint(_CODE_VERSION, dense.GGUF_SHA256)
-    target_print = fingerprint(_CODE_VERSION, dense.GGUF_SHA256, routing.calibration_text(), recipe)
+    target_print = fingerprint(_CODE_VERSION, dense.GGUF_SHA256, calibration_text(), recipe)
 
     wanted = {pair.draft: draft_print, pair.target: target_print}
     if not _missing(wanted):
@@ -101,7 +102,7 @@ def describe(variant: str) -> str:
 
 def make_routers(source: dense.Dense, recipe: Recipe, *, progress: Progress) -> list[Tensor]:
     """Return the rows [experts, hidden] of each layer's router, float32; always the same."""
-    documents = routing.tokenize_calibration(source.tokenizer)
+    documents = tokenize_calibration(source.tokenizer)
     routers = []
     with routing.one_thread():
         layers = routing.ffn_inputs(source.model, documents, progress=progress)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 from spmoe.progress import Progress
 
-_SEPARATOR = "\n%%\n"
-_DOCUMENT_TOKENS = 512  # longer documents are cut
 _ITERATIONS = 20
 
 
@@ -28,17 +25,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def calibration_text() -> str:
-    """Return our own text of prose, code and chat; a line of %% separates documents."""
-    return files("spmoe").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
-
-
-def tokenize_calibration(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the token ids of each calibration document."""
-    documents = calibration_text().split(_SEPARATOR)
-    return [list(tokenizer(text)["input_ids"])[:_DOCUMENT_TOKENS] for text in documents]
 
 
 @torch.inference_mode()

@@ -1,0 +1,117 @@
+"""What is seen of models while they run: the states of their layers, and the target's routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from spmoe.errors import InvalidArgument
+
+# State of a layer -> the module that it is read at, and whether as that module's input.
+# "residual" is the stream after attention, "mlp-input" what the layer's own norm makes of it for
+# its MLP or experts, "attention" what attention alone put out.
+_PLACES = {
+    "residual": ("post_attention_layernorm", True),
+    "mlp-input": ("mlp", True),
+    "attention": ("self_attn", False),
+}
+STATES = tuple(_PLACES)
+
+Tell = Callable[[torch.Tensor], None]  # the state of every token of a pass, [tokens, hidden]
+TellRouting = Callable[[torch.Tensor, torch.Tensor], None]  # [tokens, experts], [tokens, k]
+
+
+class HasMoeLayers(Protocol):
+    """A `TargetModel`."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        ...
+
+    @property
+    def moe_layers(self) -> Sequence[Any]:
+        """Layers with routed experts, in order: each has ``number`` and ``gate``."""
+        ...
+
+    @property
+    def experts_per_token(self) -> int:
+        """The routers' top-k."""
+        ...
+
+    @property
+    def store(self) -> Any:
+        """Their `ExpertStore`."""
+        ...
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """Return the decoder layers of a transformers model, in order."""
+    layers: Sequence[nn.Module] = model.get_decoder().layers
+    return layers
+
+
+def read_text(model: Any, tokens: Sequence[int]) -> None:
+    """Let the layers of a transformers model read a text in one pass, for those who watch them."""
+    with torch.no_grad():
+        model.get_decoder()(
+            input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False
+        )
+
+
+def check_state(state: str) -> None:
+    """Raise InvalidArgument unless ``state`` is one of `STATES`."""
+    if state not in STATES:
+        raise InvalidArgument(f'state "{state}" is not one of {", ".join(STATES)}')
+
+
+def watch_state(hooks: ExitStack, layer: nn.Module, state: str, tell: Tell) -> None:
+    """Call ``tell`` with a decoder layer's state at each pass, until ``hooks`` close.
+
+    Args:
+        hooks: Owns what is put on the layer.
+        layer: Of `decoder_layers`.
+        state: One of `STATES`.
+        tell: What it is given is detached, and of the first sequence of the batch.
+
+    Raises:
+        InvalidArgument: The layer has no such part under the name that transformers uses.
+    """
+    name, before = _PLACES[state]
+    module = getattr(layer, name, None)
+    if module is None:
+        raise InvalidArgument(
+            f'{type(layer).__name__} has no {name}, so its state "{state}" cannot be read; use '
+            'policy="next-gate" or policy="on-demand"'
+        )
+
+    def before_hook(_module: nn.Module, inputs: Any) -> None:
+        tell(inputs[0].detach()[0])
+
+    def after_hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        tell((output[0] if isinstance(output, tuple) else output).detach()[0])
+
+    if before:
+        hooks.callback(module.register_forward_pre_hook(before_hook).remove)
+    else:
+        hooks.callback(module.register_forward_hook(after_hook).remove)
+
+
+def watch_routing(hooks: ExitStack, gate: nn.Module, tell: TellRouting) -> None:
+    """Call ``tell`` with a router's logits and choices at each pass, until ``hooks`` close.
+
+    Args:
+        hooks: Owns what is put on the router.
+        gate: Of a MoE layer.
+        tell: Given logits [tokens, experts] and indices [tokens, k].
+    """
+
+    def after_hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        logits, _, index = output
+        tell(logits.detach(), index.detach())
+
+    hooks.callback(gate.register_forward_hook(after_hook).remove)
