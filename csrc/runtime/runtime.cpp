@@ -210,7 +210,7 @@ void Runtime::on_landed(const CopyLane::Landed& landed) {
   const Fill& fill = landed.fill;
   if (landed.error.empty()) {
     scheduler_.filled(fill.slot);
-  } else if (scheduler_.failed(fill.slot)) {
+  } else if (scheduler_.failed(fill.slot, 0)) {
     failure_ = "could not fill " + store_->describe(fill.expert) + ": " + landed.error +
                "; the request fails, the next one reads it again";
   }

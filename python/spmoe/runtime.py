@@ -259,6 +259,8 @@ class Runtime:
 
         `prefetch_wasted_bytes` counts what was moved on a prediction and has not been used (yet):
         demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is under way.
+        `cancelled` counts prefetches withdrawn before they started, `cancelled_bytes` what was not
+        moved of prefetches withdrawn on their way; what was moved of these is wasted.
         """
         return self._native.stats()
 

@@ -126,7 +126,7 @@ TEST(Scheduler, counts_hits_late_ones_and_misses) {
   const auto ahead = start(scheduler);
   ASSERT_EQ(ahead.size(), 4u);
   scheduler.filled(ahead[0].slot);
-  scheduler.failed(ahead[1].slot);
+  scheduler.failed(ahead[1].slot, 0);
   scheduler.need(1, Experts{0, 1, 2});
   const LayerStats& stats = scheduler.stats()[1];
   EXPECT_EQ(stats.hits, 1u);
@@ -274,7 +274,7 @@ TEST(Scheduler, what_was_read_ahead_loses_its_protection_with_the_iteration) {
     scheduler.need(2, Experts{0});
     const auto fill = scheduler.next_fill(FillKind::demand);
     scheduler.abandon_need();
-    scheduler.failed(fill.value().slot);
+    scheduler.failed(fill.value().slot, 0);
     return fill->slot == 0;
   };
   EXPECT_FALSE(oldest_leaves());
@@ -299,7 +299,7 @@ TEST(Scheduler, a_failed_fill_that_the_need_waits_for_is_told_and_leaves_the_slo
   scheduler.need(0, Experts{0, 1});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
-  EXPECT_TRUE(scheduler.failed(fill->slot));
+  EXPECT_TRUE(scheduler.failed(fill->slot, 0));
   scheduler.abandon_need();
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(total(scheduler).demand_bytes, 0u);
@@ -311,17 +311,17 @@ TEST(Scheduler, a_failed_prefetch_that_is_needed_becomes_a_demand) {
   run(scheduler, 0, all_of(4));
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 4u);
-  EXPECT_FALSE(scheduler.failed(fills[0].slot));
+  EXPECT_FALSE(scheduler.failed(fills[0].slot, 0));
   scheduler.need(1, Experts{1});
-  EXPECT_FALSE(scheduler.failed(fills[3].slot));
-  EXPECT_FALSE(scheduler.failed(fills[1].slot));
+  EXPECT_FALSE(scheduler.failed(fills[3].slot, 0));
+  EXPECT_FALSE(scheduler.failed(fills[1].slot, 0));
   const auto again = start(scheduler);
   ASSERT_EQ(again.size(), 1u);
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
-  EXPECT_TRUE(scheduler.failed(again[0].slot));
+  EXPECT_TRUE(scheduler.failed(again[0].slot, 0));
   scheduler.abandon_need();
-  EXPECT_FALSE(scheduler.failed(fills[2].slot));
+  EXPECT_FALSE(scheduler.failed(fills[2].slot, 0));
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 4u);
 }
 
@@ -366,6 +366,177 @@ TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
   EXPECT_EQ(scheduler.stats()[0].demand_bytes, 8 * blob_bytes);
 }
 
+using To = FillChange::To;
+
+/// All changes that are to be told.
+std::vector<std::pair<SlotIndex, To>> changes(Scheduler& scheduler) {
+  std::vector<std::pair<SlotIndex, To>> told;
+  while (const auto change = scheduler.next_change()) told.emplace_back(change->slot, change->to);
+  return told;
+}
+
+/// Reads layer 1 ahead, all four of its experts being under way, then needs expert 2 alone.
+struct Withdrawn {
+  Withdrawn() {
+    run(scheduler, 0, all_of(4));
+    fills = start(scheduler);
+    scheduler.need(1, Experts{2});
+  }
+  Scheduler scheduler = make(3, 4, 8);
+  std::vector<Fill> fills;  // by expert
+};
+
+TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want) {
+  Withdrawn it;
+  ASSERT_EQ(it.fills.size(), 4u);
+  auto told = changes(it.scheduler);
+  std::ranges::sort(told);
+  std::vector<std::pair<SlotIndex, To>> expected;
+  for (const Fill& fill : it.fills) {
+    expected.emplace_back(fill.slot, fill.expert.expert == 2 ? To::promoted : To::withdrawn);
+  }
+  EXPECT_EQ(told, expected);
+  EXPECT_EQ(it.scheduler.stats()[1].late, 1u);
+  it.scheduler.filled(it.fills[2].slot);
+  EXPECT_EQ(take(it.scheduler), Experts{2});
+  it.scheduler.computed(2);
+  it.scheduler.withdrawn(it.fills[0].slot, 0);
+  it.scheduler.withdrawn(it.fills[1].slot, 300);
+  it.scheduler.filled(it.fills[3].slot);  // too late
+  EXPECT_EQ(it.scheduler.resident_count(), 6u);
+  const LayerStats& stats = it.scheduler.stats()[1];
+  EXPECT_EQ(stats.prefetch_bytes, 2 * blob_bytes + 300);
+  EXPECT_EQ(stats.prefetch_used_bytes, blob_bytes);
+  EXPECT_EQ(stats.cancelled_bytes, 2 * blob_bytes - 300);
+  EXPECT_EQ(stats.cancelled, 0u);  // all had started
+  EXPECT_EQ(run(it.scheduler, 1, all_of(4)), 2u);
+  EXPECT_EQ(changes(it.scheduler).size(), 0u);
+}
+
+TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_told) {
+  Withdrawn it;
+  it.scheduler.abandon_need();
+  static_cast<void>(changes(it.scheduler));
+  it.scheduler.need(1, Experts{0, 1, 3});
+  EXPECT_EQ(it.scheduler.stats()[1].misses, 3u);
+  EXPECT_FALSE(it.scheduler.next_fill());
+  EXPECT_EQ(take(it.scheduler), Experts{});
+  it.scheduler.withdrawn(it.fills[1].slot, 999);
+  const auto again = start(it.scheduler);
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
+  EXPECT_EQ(again[0].kind, FillKind::demand);
+  EXPECT_FALSE(it.scheduler.failed(it.fills[0].slot, 10));  // not this need's read
+  EXPECT_EQ(start(it.scheduler).size(), 1u);
+  it.scheduler.filled(it.fills[3].slot);  // whole all the same
+  EXPECT_EQ(take(it.scheduler), Experts{3});
+  it.scheduler.filled(again[0].slot);
+  EXPECT_EQ(take(it.scheduler), Experts{1});
+  EXPECT_FALSE(it.scheduler.next_fill());
+  EXPECT_EQ(it.scheduler.stats()[1].prefetch_bytes, 999u + 10 + blob_bytes);
+  EXPECT_EQ(it.scheduler.stats()[1].prefetch_used_bytes, blob_bytes);
+  EXPECT_EQ(it.scheduler.stats()[1].demand_bytes, blob_bytes);
+}
+
+TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_withdrawn_fill) {
+  Withdrawn it;
+  it.scheduler.abandon_need();
+  it.scheduler.need(1, all_of(4));  // reads layer 2 ahead
+  EXPECT_FALSE(it.scheduler.next_fill());
+  for (const std::size_t expert : {0U, 1U, 3U}) {
+    it.scheduler.withdrawn(it.fills[expert].slot, 0);
+    EXPECT_EQ(it.scheduler.next_fill().value().kind, FillKind::demand);
+  }
+  EXPECT_EQ(it.scheduler.next_fill().value().expert.layer, 2);
+}
+
+TEST(Scheduler, a_prefetch_that_is_asked_for_again_waits_for_the_end_of_the_withdrawn_one) {
+  Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"sp-moe", "auto"}};
+  const std::vector<float> scores{0, 1.5F, 0, 0};
+  scheduler.predict(1, scores);
+  const auto first = scheduler.next_fill().value();
+  scheduler.end_iteration();
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{first.slot, To::withdrawn}}));
+  scheduler.predict(1, scores);
+  EXPECT_FALSE(scheduler.next_fill());
+  scheduler.withdrawn(first.slot, 1);
+  EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
+}
+
+TEST(Scheduler, the_end_of_an_iteration_withdraws_what_was_drafted_for_layers_that_did_not_run) {
+  for (const bool early : {false, true}) {
+    Scheduler scheduler{{3, 4, 8, blob_bytes, 2}, {"sp-moe", "auto"}};
+    const std::vector<float> scores{1.5F, 1.5F, 0, 0};
+    for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
+    const auto fills = start(scheduler);
+    ASSERT_EQ(fills.size(), 6u);
+    scheduler.filled(fills[4].slot);
+    scheduler.need(0, Experts{0, 1});
+    EXPECT_EQ(changes(scheduler).size(), 2u);  // are promoted
+    // A request that ended early leaves its iteration to the next one.
+    early ? scheduler.begin_request() : scheduler.end_iteration();
+    EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[2].slot, To::withdrawn},
+                                               std::pair{fills[3].slot, To::withdrawn},
+                                               std::pair{fills[5].slot, To::withdrawn}}));
+    scheduler.begin_request();
+    scheduler.end_iteration();
+    EXPECT_EQ(changes(scheduler).size(), 0u);
+  }
+}
+
+TEST(Scheduler, the_next_request_starts_with_no_layer_run) {
+  Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"sp-moe", "auto"}};
+  run(scheduler, 1, {0});
+  scheduler.begin_request();  // the request ended in the middle of its first pass
+  scheduler.predict(1, std::vector<float>{0, 1.5F, 0, 0});
+  EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
+}
+
+TEST(Scheduler, what_the_running_need_waits_for_is_never_withdrawn) {
+  Scheduler scheduler{{1, 4, 4, blob_bytes, 1}, {"sp-moe", "auto"}};
+  const std::vector<float> scores{0, 1.5F, 0, 0};
+  scheduler.predict(0, scores);
+  const auto fill = scheduler.next_fill().value();
+  scheduler.need(0, Experts{1});
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fill.slot, To::promoted}}));
+  // Another thread ends iterations and predicts meanwhile.
+  scheduler.end_iteration();
+  scheduler.predict(0, scores);
+  EXPECT_FALSE(scheduler.next_fill());
+  scheduler.end_iteration();
+  EXPECT_EQ(changes(scheduler).size(), 0u);
+  scheduler.filled(fill.slot);
+  EXPECT_EQ(take(scheduler), Experts{1});
+}
+
+TEST(Scheduler, horizon_finishes_what_is_often_used) {
+  Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"horizon", "auto"}};
+  for (int pass = 0; pass < 40; ++pass) {
+    scheduler.need(1, Experts{0});
+    EXPECT_TRUE(scheduler.failed(scheduler.next_fill().value().slot, 0));  // never resident
+    scheduler.abandon_need();
+    scheduler.end_iteration();
+  }
+  scheduler.predict(1, std::vector<float>{1.5F, 1.5F, 0, 0});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 2u);
+  EXPECT_EQ(fills[1].expert, (ExpertId{1, 1}));
+  scheduler.need(1, Experts{2});
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[1].slot, To::withdrawn}}));
+}
+
+TEST(Scheduler, a_failed_fill_accounts_for_what_it_moved) {
+  Scheduler scheduler = make(2, 4, 4);
+  scheduler.need(0, Experts{0});
+  EXPECT_TRUE(scheduler.failed(scheduler.next_fill().value().slot, 700));
+  scheduler.abandon_need();
+  EXPECT_EQ(scheduler.stats()[0].demand_bytes, 700u);
+  run(scheduler, 0, all_of(4));
+  EXPECT_FALSE(scheduler.failed(scheduler.next_fill().value().slot, 20));
+  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 20u);
+  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 0u);
+}
+
 TEST(Scheduler, a_layer_that_does_not_exist_is_refused_unchanged) {
   Scheduler scheduler = make(2, 4, 4);
   EXPECT_THROW(scheduler.need(2, Experts{0}), std::out_of_range);
@@ -387,7 +558,7 @@ class Walk {
       switch (pick(8)) {
         case 0: return end_iteration();
         case 1: return land();
-        case 2: return start(FillKind::prefetch);
+        case 2: return pick(2) == 0 ? start(FillKind::prefetch) : tell_changes();
         case 3: return scheduler_.predict(static_cast<std::uint16_t>(pick(shape_.layer_count)), {});
         default: return need();
       }
@@ -419,7 +590,8 @@ class Walk {
     ASSERT_EQ(sum.prefetch_bytes, moved_prefetch_);
     ASSERT_EQ(sum.prefetch_used_bytes, used_prefetch_);
     const std::uint64_t wasted = sum.prefetch_bytes - sum.prefetch_used_bytes;
-    ASSERT_EQ(sum.demand_bytes + sum.prefetch_used_bytes + wasted, landed_fills_ * blob_bytes);
+    ASSERT_EQ(sum.demand_bytes + sum.prefetch_used_bytes + wasted, moved_demand_ + moved_prefetch_);
+    ASSERT_EQ(sum.cancelled_bytes, cancelled_bytes_);
     ASSERT_EQ(sum.hits, hits_);
     ASSERT_EQ(sum.late, late_);
     ASSERT_EQ(sum.misses, misses_);
@@ -438,6 +610,7 @@ class Walk {
     bool leased = false;
     bool unused = false;   // prefetched, and not used since
     bool protect = false;  // from prefetches
+    bool withdrawn = false;
   };
   enum class Want : std::uint8_t { waiting, landed, taken };
 
@@ -467,23 +640,31 @@ class Walk {
     for (const std::uint16_t expert : experts) {
       const auto slot = find({layer_, expert});
       wants_[expert] = Want::waiting;
-      if (!slot) {
+      if (!slot || slots_[*slot].withdrawn) {
         ++misses_;
         demands_.insert({layer_, expert});
       } else if (slots_[*slot].filling) {
         ++late_;
+        if (slots_[*slot].kind == FillKind::prefetch) changes_[*slot] = FillChange::To::promoted;
       } else {
         ++hits_;
         become_ready(*slot);
       }
     }
-    for (ModelSlot& slot : slots_) {
-      if (slot.expert && slot.expert->layer == layer_) slot.protect = false;
+    for (SlotIndex i = 0; i < shape_.slot_count; ++i) {
+      ModelSlot& slot = slots_[i];
+      if (!slot.expert || slot.expert->layer != layer_) continue;
+      slot.protect = false;
+      const bool prefetching = slot.filling && slot.kind == FillKind::prefetch;
+      if (!prefetching || slot.withdrawn || wants_.contains(slot.expert->expert)) continue;
+      slot.withdrawn = true;
+      changes_[i] = FillChange::To::withdrawn;
     }
     const auto next = static_cast<std::uint16_t>(layer_ + 1);
     if (experts.size() == shape_.expert_count && next < shape_.layer_count) {
       for (const std::uint16_t expert : all_of(shape_.expert_count)) {
-        if (const auto slot = find({next, expert})) {
+        const auto slot = find({next, expert});
+        if (slot && !slots_[*slot].withdrawn) {
           slots_[*slot].protect = true;
         } else {
           ahead_.insert({next, expert});
@@ -491,7 +672,18 @@ class Walk {
       }
     }
     scheduler_.need(layer_, experts);
+    if (pick(4) != 0) tell_changes();
     end_if_done();
+  }
+
+  void tell_changes() {
+    while (const auto change = scheduler_.next_change()) {
+      const auto expected = changes_.find(change->slot);
+      ASSERT_NE(expected, changes_.end()) << "a change that nobody asked for";
+      ASSERT_EQ(change->to, expected->second);
+      changes_.erase(expected);
+    }
+    ASSERT_TRUE(changes_.empty());
   }
 
   void become_ready(SlotIndex slot) {
@@ -507,7 +699,10 @@ class Walk {
     const auto fill = scheduler_.next_fill(at_least);
     if (!fill) {
       // Only for want of work, or of a slot that may be given up.
+      const auto may_start = [this](ExpertId expert) { return !find(expert); };
       if (demands_.empty() && (at_least == FillKind::demand || ahead_.empty())) return;
+      if (!demands_.empty() && std::ranges::none_of(demands_, may_start)) return;
+      if (demands_.empty() && std::ranges::none_of(ahead_, may_start)) return;
       for (const ModelSlot& slot : slots_) {
         ASSERT_TRUE(slot.expert &&
                     (slot.filling || slot.leased || (demands_.empty() && slot.protect)))
@@ -544,18 +739,29 @@ class Walk {
     const auto want = wants_.find(expert.expert);
     const bool waited =
         running_ && expert.layer == layer_ && want != wants_.end() && want->second == Want::waiting;
+    std::uint64_t& moved = slot.kind == FillKind::demand ? moved_demand_ : moved_prefetch_;
+    const std::uint64_t part = pick(blob_bytes);
+    changes_.erase(landed);
     if (may_fail_ && pick(20) == 0) {
       const bool demanded = waited && slot.kind == FillKind::demand;
       slot = {};
+      moved += part;
       if (demanded) wants_.erase(want);
       if (waited && !demanded) demands_.insert(expert);
       broken_ |= demanded;
-      ASSERT_EQ(scheduler_.failed(landed), demanded);
+      ASSERT_EQ(scheduler_.failed(landed, part), demanded);
       return;
     }
-    slot.filling = false;
-    ++landed_fills_;
-    (slot.kind == FillKind::demand ? moved_demand_ : moved_prefetch_) += blob_bytes;
+    if (slot.withdrawn && pick(4) != 0) {
+      slot = {};
+      moved += part;
+      cancelled_bytes_ += blob_bytes - part;
+      scheduler_.withdrawn(landed, part);
+      return;
+    }
+    if (slot.withdrawn) demands_.erase(expert);
+    slot.filling = slot.withdrawn = false;
+    moved += blob_bytes;
     if (waited) become_ready(landed);
     scheduler_.filled(landed);
   }
@@ -595,7 +801,7 @@ class Walk {
     scheduler_.abandon_need();
     for (const auto& [expert, want] : wants_) {
       const auto slot = find({layer_, expert});
-      if (want != Want::waiting || !slot) continue;
+      if (want != Want::waiting || !slot || slots_[*slot].withdrawn) continue;
       slots_[*slot].kind = FillKind::prefetch;
       slots_[*slot].unused = true;
     }
@@ -617,8 +823,9 @@ class Walk {
   Scheduler scheduler_;
   std::vector<ModelSlot> slots_;
   std::vector<SlotIndex> in_flight_;
-  std::set<ExpertId> demands_;  // not started
-  std::set<ExpertId> ahead_;    // to be read ahead, not started
+  std::set<ExpertId> demands_;                   // not started
+  std::set<ExpertId> ahead_;                     // to be read ahead, not started
+  std::map<SlotIndex, FillChange::To> changes_;  // not told
   std::uint16_t layer_ = 0;
   bool running_ = false;
   bool broken_ = false;  // a fill that the need waited for has failed
@@ -626,7 +833,7 @@ class Walk {
   std::map<std::uint16_t, Want> wants_;
   std::map<ExpertId, int> fills_in_need_;
   std::vector<ReadyExpert> expected_;
-  std::uint64_t hits_ = 0, late_ = 0, misses_ = 0, landed_fills_ = 0, needs_ended_ = 0;
+  std::uint64_t hits_ = 0, late_ = 0, misses_ = 0, needs_ended_ = 0, cancelled_bytes_ = 0;
   std::uint64_t moved_demand_ = 0, moved_prefetch_ = 0, used_prefetch_ = 0;
 };
 
@@ -696,7 +903,7 @@ class PolicyWalk {
   void finish() {
     while (!in_flight_.empty()) land();
     check();
-    EXPECT_GT(landed_fills_, 0u);
+    EXPECT_GT(moved_bytes_, 0u);
   }
 
  private:
@@ -792,14 +999,35 @@ class PolicyWalk {
         in_flight_.begin() + static_cast<std::ptrdiff_t>(random_() % in_flight_.size());
     const SlotIndex landed = *place;
     in_flight_.erase(place);
-    if (!running_ && random_() % 16 == 0) {
+    tell_changes();
+    const bool withdrawn = slots_[landed].withdrawn;
+    const std::uint64_t part = random_() % blob_bytes;
+    if ((!running_ || withdrawn) && random_() % 16 == 0) {
       slots_[landed] = {};
-      ASSERT_FALSE(scheduler_.failed(landed));
+      moved_bytes_ += part;
+      ASSERT_FALSE(scheduler_.failed(landed, part));
       return;
     }
-    slots_[landed].filling = false;
-    ++landed_fills_;
+    if (withdrawn && random_() % 4 != 0) {
+      slots_[landed] = {};
+      moved_bytes_ += part;
+      cancelled_bytes_ += blob_bytes - part;
+      scheduler_.withdrawn(landed, part);
+      return;
+    }
+    slots_[landed].filling = slots_[landed].withdrawn = false;
+    moved_bytes_ += blob_bytes;
     scheduler_.filled(landed);
+  }
+
+  void tell_changes() {
+    while (const auto change = scheduler_.next_change()) {
+      ModelSlot& slot = slots_.at(change->slot);
+      ASSERT_TRUE(slot.filling) << "nothing is under way";
+      if (change->to == FillChange::To::withdrawn) {
+        ASSERT_FALSE(std::exchange(slot.withdrawn, true)) << "withdrawn twice";
+      }
+    }
   }
 
   void check() const {
@@ -807,7 +1035,8 @@ class PolicyWalk {
     const std::uint64_t wasted = sum.prefetch_bytes - sum.prefetch_used_bytes;
     ASSERT_LE(sum.prefetch_used_bytes, sum.prefetch_bytes);
     ASSERT_EQ(sum.prefetch_used_bytes, used_bytes_);
-    ASSERT_EQ(sum.demand_bytes + sum.prefetch_used_bytes + wasted, landed_fills_ * blob_bytes);
+    ASSERT_EQ(sum.demand_bytes + sum.prefetch_used_bytes + wasted, moved_bytes_);
+    ASSERT_EQ(sum.cancelled_bytes, cancelled_bytes_);
     ASSERT_EQ(scheduler_.resident_count(), std::ranges::count_if(slots_, [](const ModelSlot& slot) {
                 return slot.expert && !slot.filling;
               }));
@@ -824,6 +1053,7 @@ class PolicyWalk {
     bool filling = false;
     bool leased = false;
     bool unused = false;  // prefetched, and not used since
+    bool withdrawn = false;
   };
 
   SchedulerShape shape_;
@@ -834,7 +1064,7 @@ class PolicyWalk {
   std::vector<SlotIndex> in_flight_;
   bool running_ = false;
   std::size_t iterations_ = 0;
-  std::uint64_t landed_fills_ = 0, used_bytes_ = 0;
+  std::uint64_t moved_bytes_ = 0, used_bytes_ = 0, cancelled_bytes_ = 0;
 };
 
 /// Every prefetch policy with every eviction policy.
