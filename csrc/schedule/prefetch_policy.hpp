@@ -29,7 +29,6 @@ struct Prediction {
 struct Admission {
   ExpertId incoming;
   ExpertId victim;
-  SlotIndex waiting_slots;  ///< filled or being filled on a prediction, and not used yet
 };
 
 /// Turns predictions into prefetches, which it keeps in the transfer queue. The scheduler calls
@@ -103,7 +102,9 @@ std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const Prefe
 /// victim would be.
 std::unique_ptr<PrefetchPolicy> make_oracle(const PolicyView& view);
 
-/// Experts that the router of some row selected: those with a finite score above 1.
+/// Experts that the router of some row selected: those with a finite score above 1. Exact for up to
+/// top-k + 1 rows, for one that top-k others beat has a probability of at most 1 / (top-k + 1);
+/// of more rows, an expert that many nearly select may count as selected.
 [[nodiscard]] std::size_t count_selected(std::span<const float> scores);
 
 /// Appends the `count` experts of the highest scores to `experts`, highest first, the lowest index

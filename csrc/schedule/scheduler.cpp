@@ -199,37 +199,32 @@ void Scheduler::abandon_need() {
   landed_.clear();
 }
 
-bool Scheduler::make_room(const TransferQueue::Entry& incoming) {
-  if (slots_.find_empty()) return true;
-  const bool prefetch = incoming.kind == FillKind::prefetch;
+std::optional<SlotIndex> Scheduler::find_victim(FillKind incoming) {
   // What was prefetched for the pass under way leaves last, and never for another prefetch.
   for (const bool spare_fresh : {true, false}) {
     candidates_.clear();
-    SlotIndex waiting = 0;
     for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
       const Slot& it = slots_[slot];
-      if (fills_[slot].fresh && fills_[slot].unused) ++waiting;
       if (it.state != SlotState::resident || it.leases > 0) continue;
       if (spare_fresh && fills_[slot].fresh) continue;
       candidates_.push_back({slot, it.expert});
     }
-    if (!candidates_.empty()) {
-      const SlotIndex victim = eviction_->victim(candidates_, next_layer_);
-      const bool certain = incoming.expert.layer == ahead_layer_;  // not a prediction
-      if (prefetch && !certain &&
-          !prefetch_->admits({incoming.expert, slots_[victim].expert, waiting})) {
-        return false;
-      }
-      slots_.evict(victim);
-      return true;
-    }
-    if (prefetch) return false;
+    if (!candidates_.empty()) return eviction_->victim(candidates_, next_layer_);
+    if (incoming == FillKind::prefetch) break;
   }
-  return false;
+  return std::nullopt;
+}
+
+bool Scheduler::may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const {
+  if (incoming.kind == FillKind::demand) return true;
+  const bool certain = incoming.expert.layer == ahead_layer_;  // not a prediction
+  return certain || prefetch_->admits({incoming.expert, slots_[victim].expert});
 }
 
 std::size_t Scheduler::find_startable(FillKind at_least) {
   std::size_t attempts = 0;
+  bool looked = false;  // for a victim, which is the same for every prefetch until a slot changes
+  std::optional<SlotIndex> victim;
   for (std::size_t i = 0; i < queue_.size() && attempts < start_attempts;) {
     const TransferQueue::Entry entry = queue_[i];
     if (entry.kind < at_least) return none;
@@ -239,12 +234,19 @@ std::size_t Scheduler::find_startable(FillKind at_least) {
     const bool ending = slot && fills_[*slot].withdrawn;
     if (slot && !ending) {
       // Here already, or on its way: it only has to stay until its layer has run.
-      fills_[*slot].fresh = true;
+      if (!std::exchange(fills_[*slot].fresh, true)) looked = false;
       queue_.erase(i);
       continue;
     }
-    if (!ending && make_room(entry)) return i;
-    if (!ending && entry.kind == FillKind::demand) return none;
+    if (!ending) {
+      if (slots_.find_empty()) return i;
+      if (!std::exchange(looked, true)) victim = find_victim(entry.kind);
+      if (victim && may_evict(entry, *victim)) {
+        slots_.evict(*victim);
+        return i;
+      }
+      if (entry.kind == FillKind::demand) return none;
+    }
     if (entry.kind == FillKind::demand) at_least = FillKind::demand;
     ++attempts;
     ++i;

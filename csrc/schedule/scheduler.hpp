@@ -139,7 +139,8 @@ class Scheduler {
   void count_moved(SlotIndex slot, std::uint64_t bytes);
   void forget_fill(SlotIndex slot);
   void read_ahead(std::uint16_t layer);
-  [[nodiscard]] bool make_room(const TransferQueue::Entry& incoming);
+  [[nodiscard]] std::optional<SlotIndex> find_victim(FillKind incoming);
+  [[nodiscard]] bool may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const;
   [[nodiscard]] std::size_t find_startable(FillKind at_least);
 
   SchedulerShape shape_;
