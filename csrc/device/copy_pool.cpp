@@ -105,18 +105,16 @@ CopyPool::Batch& CopyPool::add(Channel& channel, CopyBatch ops) {
 Fence CopyPool::submit(Channel& channel, std::span<const CopyBatch> batches) {
   const std::scoped_lock lock{mutex_};
   const Fence first = channel.next_;
-  std::uint64_t bytes = 0;
+  bool waits = false;
   for (const CopyBatch ops : batches) {
     Batch& batch = add(channel, ops);
-    if (!batch.all_begun()) queue(channel.priority_).push_back(&batch);
-    for (const CopyOp& op : batch.ops) bytes += op.src.bytes;
+    if (!batch.all_begun()) {
+      queue(channel.priority_).push_back(&batch);
+      waits = true;
+    }
     end_if_done(batch);  // one without a byte
   }
-  if (bytes > prefetch_piece_bytes_) {
-    work_.notify_all();
-  } else if (bytes > 0) {
-    work_.notify_one();
-  }
+  if (waits) work_.notify_all();
   return first;
 }
 

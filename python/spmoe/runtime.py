@@ -169,7 +169,10 @@ class Runtime:
         return out
 
     def begin_request(self) -> None:
-        """Tell that another text begins, for policies that compare requests."""
+        """Tell that another text begins, for policies that compare requests.
+
+        An iteration that the text before left open, because it failed or was given up, ends here.
+        """
         self._native.begin_request()
 
     def predict(
