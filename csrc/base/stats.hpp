@@ -18,6 +18,7 @@ struct LayerStats {
   std::uint64_t recalled_2k = 0;          ///< of these, among the top-2k
   std::uint64_t critical = 0;             ///< experts among the top-k of those predictions
   std::uint64_t cancelled = 0;            ///< prefetches withdrawn before they started
+  std::uint64_t cancelled_bytes = 0;      ///< not moved, of prefetches withdrawn on their way
   double stall_s = 0;                     ///< compute waited for the link
   double compute_s = 0;                   ///< compute ran
 
@@ -34,6 +35,7 @@ struct LayerStats {
     recalled_2k += other.recalled_2k;
     critical += other.critical;
     cancelled += other.cancelled;
+    cancelled_bytes += other.cancelled_bytes;
     stall_s += other.stall_s;
     compute_s += other.compute_s;
     return *this;

@@ -16,8 +16,7 @@ struct ExpertId {
 /// Index of a slot: device memory that holds exactly one expert.
 using SlotIndex = std::uint32_t;
 
-/// Position in a stream's history: all work submitted before it was recorded.
-/// Values start at 1 and only grow; 0 is always done.
+/// Number of a batch in its stream's history, from 1.
 using Fence = std::uint64_t;
 
 /// A run of bytes at rest: in memory (`data` set) or in an open file (`data` null).

@@ -48,14 +48,14 @@ Activation parse_activation(std::string_view name) {
 
 py::dict to_dict(const LayerStats& stats) {
   using namespace py::literals;
-  return py::dict("hits"_a = stats.hits, "late"_a = stats.late, "misses"_a = stats.misses,
-                  "demand_bytes"_a = stats.demand_bytes,
-                  "prefetch_used_bytes"_a = stats.prefetch_used_bytes,
-                  "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
-                  "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,
-                  "predicted_needs"_a = stats.predicted_needs, "recalled"_a = stats.recalled,
-                  "recalled_2k"_a = stats.recalled_2k, "critical"_a = stats.critical,
-                  "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
+  return py::dict(
+      "hits"_a = stats.hits, "late"_a = stats.late, "misses"_a = stats.misses,
+      "demand_bytes"_a = stats.demand_bytes, "prefetch_used_bytes"_a = stats.prefetch_used_bytes,
+      "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
+      "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,
+      "cancelled_bytes"_a = stats.cancelled_bytes, "predicted_needs"_a = stats.predicted_needs,
+      "recalled"_a = stats.recalled, "recalled_2k"_a = stats.recalled_2k,
+      "critical"_a = stats.critical, "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
 }
 
 py::dict to_dict(const RuntimeStats& stats, bool by_layer) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include "base/types.hpp"
@@ -16,29 +17,59 @@ struct CopyOp {
   Extent src;
 };
 
-/// Which of two waiting streams a busy link serves first.
+/// Which of the batches that wait a busy link serves first: the demands.
 enum class StreamPriority : std::uint8_t { prefetch, demand };
 
-/// Queue of batches of copies. One thread submits; any thread may wait.
+/// Copies that end together; their destinations must not overlap, for they run in no particular
+/// order.
+using CopyBatch = std::span<const CopyOp>;
+
+/// How a batch ended. Nothing is written to its destinations any more.
+struct BatchEnd {
+  enum class How : std::uint8_t {
+    landed,     ///< every byte arrived
+    withdrawn,  ///< some never began; none failed
+    failed
+  };
+  Fence fence = 0;
+  How how = How::landed;
+  std::uint64_t bytes_moved = 0;  ///< by its pieces that arrived, as `LinkStats::bytes` counts them
+  std::string error;              ///< of one piece that failed; empty unless `failed`
+};
+
+/// Batches of copies on their way to a device. Each is cut into pieces and goes through the states
+/// waiting -> under way -> ended; `withdraw` shortens the way. Batches begin in the order in which
+/// they were submitted, save the promoted ones. They may end in any order, each by itself: the end
+/// of one says nothing about those before it. Thread-safe. Its destruction waits for every batch.
 class Stream {
  public:
   virtual ~Stream() = default;
 
-  /// Enqueues `ops` as one batch and returns, without waiting, the fence behind it.
-  /// Copies of a batch run in no particular order, so destinations must not overlap.
-  /// @throws DeviceError if the device rejects the batch; then none of it was enqueued.
-  [[nodiscard]] virtual Fence copy_batch(std::span<const CopyOp> ops) = 0;
+  /// Enqueues `batches` and returns without waiting for them. `batches[i]` is known by the fence
+  /// returned plus i; fences count up from 1. The spans need not outlive the call.
+  /// @throws DeviceError if the device rejects them; then none was enqueued.
+  [[nodiscard]] virtual Fence submit(std::span<const CopyBatch> batches) = 0;
 
-  /// Blocks the calling thread until every batch up to `fence` has ended.
-  /// @throws DeviceError if a copy of the batch of `fence` itself failed; told once.
-  virtual void wait(Fence fence) = 0;
+  /// Drops the pieces of a batch that have not begun; those under way finish. Its end is told like
+  /// any other, at once if nothing is under way. Has no effect on one whose pieces have all begun,
+  /// or that has ended.
+  virtual void withdraw(Fence fence) = 0;
+
+  /// The pieces of a batch that have not begun go before all that waits with the priority of a
+  /// prefetch, and behind the demands that wait now. Has no effect where `withdraw` has none.
+  virtual void promote(Fence fence) = 0;
+
+  /// Blocks the calling thread until a batch has ended whose end was not told yet, and tells it:
+  /// each once, in the order of ending. Only to be called when there is such a batch.
+  [[nodiscard]] virtual BatchEnd next_end() = 0;
 };
 
 /// What a link has done since the device was made.
 struct LinkStats {
-  std::uint64_t bytes = 0;  ///< moved by copies that succeeded
+  std::uint64_t bytes = 0;  ///< moved by pieces that arrived
   double busy_s = 0;        ///< time in which at least one copy was under way
-  /// The most bytes of prefetches that a demand ever had to let pass before it.
+  /// The most bytes of prefetches that a demand ever had to let pass before it, from when it was
+  /// submitted or promoted.
   std::uint64_t prefetch_before_demand = 0;
 };
 

@@ -8,9 +8,9 @@
 
 namespace spmoe {
 
-CopyLane::CopyLane(Device& device, StreamPriority priority, OnLanded on_landed)
+CopyLane::CopyLane(Device& device, StreamPriority priority, OnEnd on_end)
     : stream_{device.make_stream(priority)},
-      on_landed_{std::move(on_landed)},
+      on_end_{std::move(on_end)},
       worker_{[this] { work(); }} {}
 
 CopyLane::~CopyLane() {
@@ -22,44 +22,62 @@ CopyLane::~CopyLane() {
   worker_.join();
 }
 
-void CopyLane::submit(const Fill& fill, std::span<const CopyOp> ops) {
+void CopyLane::submit(std::span<const Fill> fills, std::span<const CopyBatch> batches) {
+  if (fills.empty()) return;
   {
     const std::scoped_lock lock{mutex_};
-    Pending pending{fill, 0, {}, now_s()};
+    const double start_s = now_s();
     try {
-      pending.fence = stream_->copy_batch(ops);
-    } catch (const DeviceError& rejected) {
-      pending.error = rejected.what();
+      Fence fence = stream_->submit(batches);
+      for (const Fill& fill : fills) pending_.push_back({fill, fence++, start_s});
+    } catch (const DeviceError& rejection) {
+      const BatchEnd end{0, BatchEnd::How::failed, 0, rejection.what()};
+      for (const Fill& fill : fills) rejected_.push({fill, end, start_s, start_s});
     }
-    pending_.push(std::move(pending));
   }
   submitted_.notify_one();
 }
 
-std::size_t CopyLane::in_flight() const {
+const CopyLane::Pending* CopyLane::find(SlotIndex slot) const {
+  const auto found =
+      std::ranges::find(pending_, slot, [](const Pending& pending) { return pending.fill.slot; });
+  return found == pending_.end() ? nullptr : &*found;
+}
+
+void CopyLane::withdraw(SlotIndex slot) {
   const std::scoped_lock lock{mutex_};
-  return pending_.size();
+  if (const Pending* pending = find(slot)) stream_->withdraw(pending->fence);
+}
+
+void CopyLane::promote(SlotIndex slot) {
+  const std::scoped_lock lock{mutex_};
+  if (const Pending* pending = find(slot)) stream_->promote(pending->fence);
 }
 
 void CopyLane::work() {
   double last_end_s = 0;
   std::unique_lock lock{mutex_};
   while (true) {
-    submitted_.wait(lock, [this] { return stopping_ || !pending_.empty(); });
-    if (pending_.empty()) return;
-    Pending oldest = pending_.front();
-    lock.unlock();
-    try {
-      stream_->wait(oldest.fence);
-    } catch (const DeviceError& failure) {
-      oldest.error = failure.what();
+    submitted_.wait(lock, [this] { return stopping_ || !pending_.empty() || !rejected_.empty(); });
+    if (!rejected_.empty()) {
+      const Ended rejected = rejected_.pop();
+      lock.unlock();
+      on_end_(rejected);
+      lock.lock();
+      continue;
     }
-    lock.lock();
-    pending_.pop();
+    if (pending_.empty()) return;
     lock.unlock();
-    const double start_s = std::max(oldest.submitted_s, last_end_s);
+    BatchEnd end = stream_->next_end();
+    lock.lock();
+    const auto ended = std::ranges::find(pending_, end.fence, &Pending::fence);
+    const double start_s = std::max(ended->submitted_s, last_end_s);
+    const Fill fill = ended->fill;
+    *ended = pending_.back();
+    pending_.pop_back();
+    lock.unlock();
     last_end_s = now_s();
-    on_landed_({oldest.fill, oldest.error, start_s, last_end_s});
+    on_end_({fill, std::move(end), start_s, last_end_s});
     lock.lock();
   }
 }

@@ -67,9 +67,13 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       pool_{std::make_unique<Buffer>(*device_, slot_count_ * slot_stride_)} {
   tasks_.reserve(store_->expert_count());
   ready_.reserve(store_->expert_count());
-  const auto landed = [this](const CopyLane::Landed& it) { on_landed(it); };
-  demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, landed);
-  prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, landed);
+  const std::size_t fills_at_once = store_->expert_count() + prefetch_window;
+  fills_.reserve(fills_at_once);
+  batches_.reserve(fills_at_once);
+  ops_.reserve(fills_at_once * store_->extents({0, 0}).size());
+  const auto on_end = [this](const CopyLane::Ended& ended) { this->on_end(ended); };
+  demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, on_end);
+  prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, on_end);
 }
 
 Runtime::~Runtime() { close(); }
@@ -190,33 +194,64 @@ void Runtime::combine(const ForwardArgs& args) {
 }
 
 void Runtime::start_fills() {
-  while (demand_lane_ != nullptr) {
-    const bool room = prefetch_lane_->in_flight() < prefetch_window;
-    const auto fill = scheduler_.next_fill(room ? FillKind::prefetch : FillKind::demand);
-    if (!fill) return;
-    ops_.clear();
-    std::byte* place = slot_data(fill->slot);
-    for (const Extent& extent : store_->extents(fill->expert)) {
+  if (demand_lane_ == nullptr) return;
+  while (const auto change = scheduler_.next_change()) {
+    for (auto* lane : {demand_lane_.get(), prefetch_lane_.get()}) {
+      if (change->to == FillChange::To::withdrawn) {
+        lane->withdraw(change->slot);
+      } else {
+        lane->promote(change->slot);
+      }
+    }
+  }
+  fills_.clear();
+  std::size_t demands = 0;  // which come first
+  while (const auto fill = scheduler_.next_fill(prefetches_ < prefetch_window ? FillKind::prefetch
+                                                                              : FillKind::demand)) {
+    ++(fill->kind == FillKind::demand ? demands : prefetches_);
+    fills_.push_back(*fill);
+  }
+  list_copies();
+  const std::span fills{fills_};
+  const std::span batches{batches_};
+  demand_lane_->submit(fills.first(demands), batches.first(demands));
+  prefetch_lane_->submit(fills.subspan(demands), batches.subspan(demands));
+}
+
+void Runtime::list_copies() {
+  ops_.clear();
+  for (const Fill& fill : fills_) {
+    std::byte* place = slot_data(fill.slot);
+    for (const Extent& extent : store_->extents(fill.expert)) {
       ops_.push_back({place, extent});
       place += extent.bytes;
     }
-    auto& lane = fill->kind == FillKind::demand ? demand_lane_ : prefetch_lane_;
-    lane->submit(*fill, ops_);
+  }
+  batches_.clear();
+  std::span<const CopyOp> rest{ops_};
+  for (const Fill& fill : fills_) {
+    const std::size_t count = store_->extents(fill.expert).size();
+    batches_.push_back(rest.first(count));
+    rest = rest.subspan(count);
   }
 }
 
-void Runtime::on_landed(const CopyLane::Landed& landed) {
+void Runtime::on_end(const CopyLane::Ended& ended) {
   const std::scoped_lock lock{mutex_};
-  const Fill& fill = landed.fill;
-  if (landed.error.empty()) {
+  const Fill& fill = ended.fill;
+  const BatchEnd& end = ended.end;
+  if (fill.kind == FillKind::prefetch) --prefetches_;
+  if (end.how == BatchEnd::How::landed) {
     scheduler_.filled(fill.slot);
-  } else if (scheduler_.failed(fill.slot)) {
-    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + landed.error +
+  } else if (end.how == BatchEnd::How::withdrawn) {
+    scheduler_.withdrawn(fill.slot, end.bytes_moved);
+  } else if (scheduler_.failed(fill.slot, end.bytes_moved)) {
+    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + end.error +
                "; the request fails, the next one reads it again";
   }
   start_fills();
   trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,
-               landed.start_s, landed.end_s, static_cast<std::uint32_t>(scheduler_.queue_depth())});
+               ended.start_s, ended.end_s, static_cast<std::uint32_t>(scheduler_.queue_depth())});
   landed_.notify_one();
 }
 
@@ -224,6 +259,7 @@ void Runtime::begin_request() {
   const std::scoped_lock lock{mutex_};
   require_open(0);
   scheduler_.begin_request();
+  start_fills();
 }
 
 void Runtime::predict(std::uint16_t layer, std::span<const float> scores, PredictionSource source) {
@@ -280,6 +316,7 @@ void Runtime::end_iteration(std::uint32_t accepted) {
   ++iterations_;
   accepted_ += accepted;
   scheduler_.end_iteration();
+  start_fills();
 }
 
 void Runtime::inject(const LinkFaults& faults) {

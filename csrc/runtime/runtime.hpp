@@ -122,7 +122,8 @@ class Runtime {
   void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
   void combine(const ForwardArgs& args);
   void start_fills();
-  void on_landed(const CopyLane::Landed& landed);
+  void list_copies();
+  void on_end(const CopyLane::Ended& ended);
   [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
 
   const std::shared_ptr<const ExpertStore> store_;
@@ -145,7 +146,10 @@ class Runtime {
   std::string failure_;  // why the running forward cannot go on
   std::uint64_t iterations_ = 0;
   std::uint64_t accepted_ = 0;
-  std::vector<CopyOp> ops_;
+  std::size_t prefetches_ = 0;  // in flight
+  std::vector<Fill> fills_;     // being started: demands, then prefetches
+  std::vector<CopyOp> ops_;     // of all of these
+  std::vector<CopyBatch> batches_;
   std::unique_ptr<Buffer> pool_;
   std::unique_ptr<CopyLane> demand_lane_;
   std::unique_ptr<CopyLane> prefetch_lane_;

@@ -48,6 +48,13 @@ class Horizon final : public PrefetchPolicy {
     return incoming > victim + swap_gain;
   }
 
+  /// What would be admitted in the place of an expert without value, which is what an empty slot
+  /// holds: the slot is given already, and the rest of the blob costs no more than the whole.
+  bool keeps(ExpertId expert) const override {
+    return view_.forecast.probability(expert) >= limits_.break_even &&
+           view_.forecast.value(expert, next_layer_) > swap_gain;
+  }
+
  private:
   struct Planned {
     ExpertId expert;

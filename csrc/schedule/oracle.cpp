@@ -16,6 +16,11 @@ class Oracle final : public PrefetchPolicy {
   }
   void on_end_iteration(TransferQueue& queue) override { plan(queue); }
 
+  /// What is planned: used again within a pass over the layers.
+  bool keeps(ExpertId expert) const override {
+    return view_.trace.next_use(expert) < view_.shape.layer_count;
+  }
+
   bool admits(const Admission& admission) const override {
     return view_.trace.next_use(admission.incoming) < view_.trace.next_use(admission.victim);
   }

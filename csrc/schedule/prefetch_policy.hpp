@@ -29,13 +29,12 @@ struct Prediction {
 struct Admission {
   ExpertId incoming;
   ExpertId victim;
-  SlotIndex waiting_slots;  ///< filled or being filled on a prediction, and not used yet
 };
 
 /// Turns predictions into prefetches, which it keeps in the transfer queue. The scheduler calls
 /// it, updates the forecast before it does, and leaves out of service what is resident already.
-/// When a layer is needed, the scheduler withdraws its prefetches itself.
-/// Implementations need no lock and must not call back.
+/// When a layer is needed, the scheduler withdraws its prefetches itself, those under way too
+/// unless the policy keeps them. Implementations need no lock and must not call back.
 class PrefetchPolicy {
  public:
   virtual ~PrefetchPolicy() = default;
@@ -52,6 +51,11 @@ class PrefetchPolicy {
 
   /// Whether a prefetch may take its victim's slot. If not, it waits for another chance.
   [[nodiscard]] virtual bool admits(const Admission& /*admission*/) const { return true; }
+
+  /// Whether a prefetch under way is worth finishing although what asked for it is past: its layer
+  /// has run without the expert, or the iteration that predicted it has ended. If not, it is
+  /// withdrawn. Asked after `on_need` or `on_end_iteration`.
+  [[nodiscard]] virtual bool keeps(ExpertId /*expert*/) const { return false; }
 };
 
 /// What policies look at; all of it outlives them.
@@ -98,7 +102,9 @@ std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const Prefe
 /// victim would be.
 std::unique_ptr<PrefetchPolicy> make_oracle(const PolicyView& view);
 
-/// Experts that the router of some row selected: those with a finite score above 1.
+/// Experts that the router of some row selected: those with a finite score above 1. Exact for up to
+/// top-k + 1 rows, for one that top-k others beat has a probability of at most 1 / (top-k + 1);
+/// of more rows, an expert that many nearly select may count as selected.
 [[nodiscard]] std::size_t count_selected(std::span<const float> scores);
 
 /// Appends the `count` experts of the highest scores to `experts`, highest first, the lowest index

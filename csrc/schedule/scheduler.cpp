@@ -38,14 +38,19 @@ Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
   landed_.reserve(shape.expert_count);
   candidates_.reserve(shape.slot_count);
   ranked_.reserve(shape.expert_count);
+  changes_.reserve(shape.slot_count);
 }
 
-void Scheduler::begin_request() { history_.begin_request(); }
+void Scheduler::begin_request() {
+  if (iterating_) end_iteration();
+  history_.begin_request();
+}
 
 void Scheduler::predict(std::uint16_t layer, std::span<const float> scores,
                         PredictionSource source) {
   LayerStats& stats = stats_.at(layer);
   ++stats.predictions;
+  iterating_ = true;
   if (forecast_.ran(layer)) return;
   forecast_.predict(layer, scores);
   const std::size_t k = shape_.experts_per_token;
@@ -64,6 +69,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
                      std::span<const std::uint32_t> rows, std::uint32_t tokens) {
   LayerStats& stats = stats_.at(layer);
   if (rows.empty()) rows = std::span{one_row_}.first(experts.size());
+  iterating_ = true;
   layer_ = layer;
   next_layer_ = static_cast<std::uint16_t>((layer + 1) % shape_.layer_count);
   ahead_layer_ = no_layer;
@@ -71,7 +77,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
     const ExpertId id{layer, expert};
     const auto slot = slots_.find(id);
     wants_.at(expert) = Want::waiting;
-    if (!slot) {
+    if (!slot || fills_[*slot].withdrawn) {
       ++stats.misses;
       queue_.push(id, FillKind::demand);
     } else if (slots_[*slot].state == SlotState::resident) {
@@ -79,6 +85,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
       become_ready(*slot);
     } else {
       ++stats.late;
+      if (fills_[*slot].kind == FillKind::prefetch) change(*slot, FillChange::To::promoted);
     }
   }
   forget_predictions(layer);
@@ -88,6 +95,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
   trace_.advance(layer, experts);
   if (recording_) recorded_.append(layer, experts);
   prefetch_->on_need(layer, experts, queue_);
+  withdraw_unwanted(layer);
   if (experts.size() == shape_.expert_count || tokens > verified_tokens)
     read_ahead(static_cast<std::uint16_t>(layer + 1));
 }
@@ -114,11 +122,43 @@ void Scheduler::forget_predictions(std::uint16_t layer) {
   }
 }
 
+bool Scheduler::waited_for(ExpertId expert) const {
+  return expert.layer == layer_ && wants_[expert.expert] == Want::waiting;
+}
+
+void Scheduler::withdraw_unwanted(std::uint16_t layer) {
+  for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
+    if (slots_[slot].expert.layer == layer) withdraw_unless_kept(slot);
+  }
+}
+
+void Scheduler::withdraw_unless_kept(SlotIndex slot) {
+  FillState& fill = fills_[slot];
+  if (slots_[slot].state != SlotState::filling || fill.kind != FillKind::prefetch) return;
+  const ExpertId expert = slots_[slot].expert;
+  if (fill.withdrawn || waited_for(expert) || prefetch_->keeps(expert)) return;
+  fill.withdrawn = true;
+  change(slot, FillChange::To::withdrawn);
+}
+
+void Scheduler::change(SlotIndex slot, FillChange::To to) {
+  std::erase_if(changes_, [=](const FillChange& other) { return other.slot == slot; });
+  changes_.push_back({slot, to});
+}
+
+std::optional<FillChange> Scheduler::next_change() {
+  if (changes_.empty()) return std::nullopt;
+  const FillChange first = changes_.front();
+  changes_.erase(changes_.begin());
+  return first;
+}
+
 void Scheduler::read_ahead(std::uint16_t layer) {
   if (layer >= shape_.layer_count) return;
   ahead_layer_ = layer;
   for (std::uint16_t expert = 0; expert < shape_.expert_count; ++expert) {
-    if (const auto slot = slots_.find({layer, expert})) {
+    const auto slot = slots_.find({layer, expert});
+    if (slot && !fills_[*slot].withdrawn) {
       fills_[*slot].fresh = true;  // or its neighbours would be read into its place
     } else {
       queue_.push({layer, expert}, FillKind::prefetch);
@@ -154,53 +194,60 @@ void Scheduler::abandon_need() {
     if (want == Want::leased) slots_.release(slots_.find(id).value());
     if (want != Want::waiting || queue_.cancel(id)) continue;
     // Under way for nobody now: as good as a prefetch.
-    if (const auto slot = slots_.find(id)) fills_[*slot] = {FillKind::prefetch, true, false};
+    if (const auto slot = slots_.find(id)) fills_[*slot] = {FillKind::prefetch, true};
   }
   landed_.clear();
 }
 
-bool Scheduler::make_room(const TransferQueue::Entry& incoming) {
-  if (slots_.find_empty()) return true;
-  const bool prefetch = incoming.kind == FillKind::prefetch;
+std::optional<SlotIndex> Scheduler::find_victim(FillKind incoming) {
   // What was prefetched for the pass under way leaves last, and never for another prefetch.
   for (const bool spare_fresh : {true, false}) {
     candidates_.clear();
-    SlotIndex waiting = 0;
     for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
       const Slot& it = slots_[slot];
-      if (fills_[slot].fresh && fills_[slot].unused) ++waiting;
       if (it.state != SlotState::resident || it.leases > 0) continue;
       if (spare_fresh && fills_[slot].fresh) continue;
       candidates_.push_back({slot, it.expert});
     }
-    if (!candidates_.empty()) {
-      const SlotIndex victim = eviction_->victim(candidates_, next_layer_);
-      const bool certain = incoming.expert.layer == ahead_layer_;  // not a prediction
-      if (prefetch && !certain &&
-          !prefetch_->admits({incoming.expert, slots_[victim].expert, waiting})) {
-        return false;
-      }
-      slots_.evict(victim);
-      return true;
-    }
-    if (prefetch) return false;
+    if (!candidates_.empty()) return eviction_->victim(candidates_, next_layer_);
+    if (incoming == FillKind::prefetch) break;
   }
-  return false;
+  return std::nullopt;
+}
+
+bool Scheduler::may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const {
+  if (incoming.kind == FillKind::demand) return true;
+  const bool certain = incoming.expert.layer == ahead_layer_;  // not a prediction
+  return certain || prefetch_->admits({incoming.expert, slots_[victim].expert});
 }
 
 std::size_t Scheduler::find_startable(FillKind at_least) {
   std::size_t attempts = 0;
+  bool looked = false;  // for a victim, which is the same for every prefetch until a slot changes
+  std::optional<SlotIndex> victim;
   for (std::size_t i = 0; i < queue_.size() && attempts < start_attempts;) {
     const TransferQueue::Entry entry = queue_[i];
     if (entry.kind < at_least) return none;
-    if (const auto slot = slots_.find(entry.expert)) {
+    const auto slot = slots_.find(entry.expert);
+    // Until the end of a withdrawn fill is told, the expert can neither be read again nor be said
+    // to be here. No prefetch passes a demand that waits for that.
+    const bool ending = slot && fills_[*slot].withdrawn;
+    if (slot && !ending) {
       // Here already, or on its way: it only has to stay until its layer has run.
-      fills_[*slot].fresh = true;
+      if (!std::exchange(fills_[*slot].fresh, true)) looked = false;
       queue_.erase(i);
       continue;
     }
-    if (make_room(entry)) return i;
-    if (entry.kind == FillKind::demand) return none;
+    if (!ending) {
+      if (slots_.find_empty()) return i;
+      if (!std::exchange(looked, true)) victim = find_victim(entry.kind);
+      if (victim && may_evict(entry, *victim)) {
+        slots_.evict(*victim);
+        return i;
+      }
+      if (entry.kind == FillKind::demand) return none;
+    }
+    if (entry.kind == FillKind::demand) at_least = FillKind::demand;
     ++attempts;
     ++i;
   }
@@ -219,20 +266,41 @@ std::optional<Fill> Scheduler::next_fill(FillKind at_least) {
   return Fill{expert, slot, kind};
 }
 
+void Scheduler::count_moved(SlotIndex slot, std::uint64_t bytes) {
+  LayerStats& stats = stats_[slots_[slot].expert.layer];
+  (fills_[slot].kind == FillKind::demand ? stats.demand_bytes : stats.prefetch_bytes) += bytes;
+}
+
+void Scheduler::forget_fill(SlotIndex slot) {
+  fills_[slot].withdrawn = false;
+  std::erase_if(changes_, [=](const FillChange& change) { return change.slot == slot; });
+}
+
 void Scheduler::filled(SlotIndex slot) {
   const ExpertId expert = slots_[slot].expert;
   slots_.finish_fill(slot);
   eviction_->on_fill(slot, expert);
-  LayerStats& stats = stats_[expert.layer];
-  (fills_[slot].kind == FillKind::demand ? stats.demand_bytes : stats.prefetch_bytes) +=
-      shape_.blob_bytes;
-  if (expert.layer == layer_ && wants_[expert.expert] == Want::waiting) become_ready(slot);
+  count_moved(slot, shape_.blob_bytes);
+  forget_fill(slot);
+  queue_.cancel(expert, FillKind::demand);  // of one that was withdrawn and needed again
+  if (waited_for(expert)) become_ready(slot);
 }
 
-bool Scheduler::failed(SlotIndex slot) {
+void Scheduler::withdrawn(SlotIndex slot, std::uint64_t bytes_moved) {
   const ExpertId expert = slots_[slot].expert;
+  count_moved(slot, bytes_moved);
+  stats_[expert.layer].cancelled_bytes += shape_.blob_bytes - bytes_moved;
+  forget_fill(slot);
   slots_.abort_fill(slot);
-  if (expert.layer != layer_ || wants_[expert.expert] != Want::waiting) return false;
+  if (waited_for(expert)) queue_.push(expert, FillKind::demand);
+}
+
+bool Scheduler::failed(SlotIndex slot, std::uint64_t bytes_moved) {
+  const ExpertId expert = slots_[slot].expert;
+  count_moved(slot, bytes_moved);
+  forget_fill(slot);
+  slots_.abort_fill(slot);
+  if (!waited_for(expert)) return false;
   if (fills_[slot].kind == FillKind::prefetch) {
     queue_.push(expert, FillKind::demand);  // only a read of its own can fail a need
     return false;
@@ -242,13 +310,23 @@ bool Scheduler::failed(SlotIndex slot) {
 }
 
 void Scheduler::end_iteration() {
-  for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) forget_predictions(layer);
+  iterating_ = false;
+  for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) {
+    stats_[layer].cancelled += queue_.cancel_layer(layer, FillKind::prefetch);
+  }
+  // What stays fresh is what a prediction asked for whose layer did not run.
+  for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
+    fills_[slot].fresh &= forecast_.predicted(slots_[slot].expert.layer);
+  }
   next_layer_ = 0;
   ahead_layer_ = no_layer;
   std::ranges::fill(critical_, std::uint8_t{0});
   forecast_.end_iteration();
   eviction_->on_end_iteration();
   prefetch_->on_end_iteration(queue_);
+  for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
+    if (std::exchange(fills_[slot].fresh, false)) withdraw_unless_kept(slot);
+  }
 }
 
 void Scheduler::replay(RoutingTrace trace) {

@@ -25,6 +25,16 @@ struct Fill {
   FillKind kind;
 };
 
+/// What is to change about the fill under way into `slot`.
+struct FillChange {
+  enum class To : std::uint8_t {
+    withdrawn,  ///< nobody wants it any more: what has not begun need not be moved
+    promoted    ///< a prefetch that compute waits for now: its rest is as urgent as a demand
+  };
+  SlotIndex slot;
+  To to;
+};
+
 /// An expert that may be computed now, leased until `computed` is called for it.
 struct ReadyExpert {
   std::uint16_t expert;
@@ -37,8 +47,14 @@ struct ReadyExpert {
 /// recording apart.
 ///
 /// One need at a time: `need` opens it, `take_ready` and `computed` consume it, and it ends when
-/// every expert has been computed or by `abandon_need`. Meanwhile `next_fill` and `filled` or
-/// `failed` move the transfers on.
+/// every expert has been computed or by `abandon_need`. Meanwhile `next_change`, `next_fill` and
+/// `filled`, `withdrawn` or `failed` move the transfers on.
+///
+/// A prefetch under way is withdrawn when its layer runs without its expert, or when the iteration
+/// that predicted it ends and its layer has not run, unless the policy keeps it. After a
+/// verification every layer has run, so the second concerns drafts that were never verified. A
+/// withdrawn fill still has its slot until its end is told: one that is needed meanwhile is a miss,
+/// demanded anew, and read again unless the first turns out to have landed whole.
 class Scheduler {
  public:
   /// @throws InvalidArgument if a policy of that name does not exist.
@@ -46,7 +62,8 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  /// A request begins: what earlier ones did becomes the past of `activation-trace`.
+  /// A request begins: what earlier ones did becomes the past of `activation-trace`. If the one
+  /// before ended early, in the middle of an iteration, that iteration ends here.
   void begin_request();
 
   /// What the router of `layer` is expected to choose for one or more tokens: [expert_count], as
@@ -71,16 +88,24 @@ class Scheduler {
   /// Gives the running need up: ends its leases and withdraws its demands.
   void abandon_need();
 
+  /// The next change to a fill under way, or none; each is told once. To be asked before
+  /// `next_fill`. A driver that never asks lets such fills land.
+  [[nodiscard]] std::optional<FillChange> next_change();
+
   /// The next fill to start, with its slot assigned, or none: nothing waits, or every slot is
   /// leased, being filled or worth more than what waits. Demands come first.
   [[nodiscard]] std::optional<Fill> next_fill(FillKind at_least = FillKind::prefetch);
 
-  void filled(SlotIndex slot);  ///< the fill of `slot` has landed
-  /// The fill of `slot` failed; the slot is empty again. Returns whether it was a demand of the
-  /// running need; one that was not, but is needed, becomes a demand.
-  bool failed(SlotIndex slot);
+  /// The fill of `slot` has landed whole, even if it was to be withdrawn.
+  void filled(SlotIndex slot);
+  /// The fill of `slot` was withdrawn with `bytes_moved` of its bytes; the slot is empty again.
+  void withdrawn(SlotIndex slot, std::uint64_t bytes_moved);
+  /// The fill of `slot` failed with `bytes_moved` of its bytes; the slot is empty again. Returns
+  /// whether it was a demand of the running need; one that was not, but is needed, becomes one.
+  bool failed(SlotIndex slot, std::uint64_t bytes_moved);
 
-  /// The iteration is over: predictions that were not used lose their protection.
+  /// The iteration is over: predictions that were not used lose their protection, and prefetches
+  /// for layers that did not run are withdrawn.
   void end_iteration();
 
   /// What the measured costs of the machine allow; see `PrefetchLimits`.
@@ -104,11 +129,18 @@ class Scheduler {
  private:
   enum class Want : std::uint8_t { none, waiting, leased };
 
+  [[nodiscard]] bool waited_for(ExpertId expert) const;  // by the running need
   void become_ready(SlotIndex slot);
   void count_recall(std::uint16_t layer, std::span<const std::uint16_t> experts);
   void forget_predictions(std::uint16_t layer);
+  void withdraw_unwanted(std::uint16_t layer);
+  void withdraw_unless_kept(SlotIndex slot);
+  void change(SlotIndex slot, FillChange::To to);
+  void count_moved(SlotIndex slot, std::uint64_t bytes);
+  void forget_fill(SlotIndex slot);
   void read_ahead(std::uint16_t layer);
-  [[nodiscard]] bool make_room(const TransferQueue::Entry& incoming);
+  [[nodiscard]] std::optional<SlotIndex> find_victim(FillKind incoming);
+  [[nodiscard]] bool may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const;
   [[nodiscard]] std::size_t find_startable(FillKind at_least);
 
   SchedulerShape shape_;
@@ -118,6 +150,7 @@ class Scheduler {
   RoutingTrace trace_;
   RoutingTrace recorded_;
   bool recording_ = false;
+  bool iterating_ = false;  // something was predicted or needed since the last iteration's end
   PrefetchLimits limits_;
   std::unique_ptr<EvictionPolicy> eviction_;
   std::unique_ptr<PrefetchPolicy> prefetch_;
@@ -127,8 +160,10 @@ class Scheduler {
     FillKind kind = FillKind::demand;
     bool unused = false;  // prefetched and not used yet
     bool fresh = false;   // prefetched or kept for a layer that is still to come in this pass
+    bool withdrawn = false;
   };
-  std::vector<FillState> fills_;  // by slot
+  std::vector<FillState> fills_;     // by slot
+  std::vector<FillChange> changes_;  // not told, at most one a slot
 
   std::uint16_t layer_ = 0;       // of the running or the last need
   std::uint16_t next_layer_ = 0;  // that will be needed next: what `layer_` needs is leased

@@ -169,7 +169,10 @@ class Runtime(Closeable):
         return out
 
     def begin_request(self) -> None:
-        """Tell that another text begins, for policies that compare requests."""
+        """Tell that another text begins, for policies that compare requests.
+
+        An iteration that the text before left open, because it failed or was given up, ends here.
+        """
         self._native.begin_request()
 
     def predict(
@@ -261,6 +264,8 @@ class Runtime(Closeable):
 
         `prefetch_wasted_bytes` counts what was moved on a prediction and has not been used (yet):
         demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is under way.
+        `cancelled` counts prefetches withdrawn before they started, `cancelled_bytes` what was not
+        moved of prefetches withdrawn on their way; what was moved of these is wasted.
         """
         return self._native.stats(by_layer)
 

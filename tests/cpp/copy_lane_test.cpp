@@ -2,10 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
-#include <string>
-#include <utility>
+#include <span>
+#include <thread>
 #include <vector>
 
 #include "base/error.hpp"
@@ -15,18 +16,30 @@
 namespace spmoe {
 namespace {
 
-/// Rejects every second batch, as a device may.
+using How = BatchEnd::How;
+
+/// Rejects every second call, as a device may, and lands the rest at once.
 class RejectingStream final : public Stream {
  public:
-  Fence copy_batch(std::span<const CopyOp>) override {
-    if (++batches_ % 2 == 0) throw DeviceError{"batch rejected"};
-    return ++fence_;
+  Fence submit(std::span<const CopyBatch> batches) override {
+    const std::scoped_lock lock{mutex_};
+    if (++calls_ % 2 == 0) throw DeviceError{"batch rejected"};
+    const Fence first = submitted_ + 1;
+    submitted_ += batches.size();
+    return first;
   }
-  void wait(Fence) override {}
+  void withdraw(Fence) override {}
+  void promote(Fence) override {}
+  BatchEnd next_end() override {
+    const std::scoped_lock lock{mutex_};
+    return {++ended_, How::landed, 0, {}};
+  }
 
  private:
-  int batches_ = 0;
-  Fence fence_ = 0;
+  std::mutex mutex_;
+  int calls_ = 0;
+  Fence submitted_ = 0;
+  Fence ended_ = 0;
 };
 
 class RejectingDevice final : public Device {
@@ -40,82 +53,119 @@ class RejectingDevice final : public Device {
   LinkStats link_stats() const override { return {}; }
 };
 
-/// What a lane told: slot and error of each fill, in order.
+/// What a lane told of each fill, in order.
 struct Log {
   std::mutex mutex;
-  std::vector<std::pair<SlotIndex, std::string>> told;
+  std::vector<CopyLane::Ended> told;
 
-  CopyLane::OnLanded listener() {
-    return [this](const CopyLane::Landed& landed) {
+  CopyLane::OnEnd listener() {
+    return [this](const CopyLane::Ended& ended) {
       const std::scoped_lock lock{mutex};
-      told.emplace_back(landed.fill.slot, landed.error);
+      told.push_back(ended);
     };
   }
 };
 
-Fill fill_of(SlotIndex slot) { return {{0, 0}, slot, FillKind::demand}; }
+/// Fills of slots that lie one behind the other in `buffer`, all with the bytes of `source`.
+struct Fills {
+  Fills(SlotIndex first, SlotIndex count, const Buffer& buffer,
+        const std::vector<std::byte>& source) {
+    for (SlotIndex slot = first; slot < first + count; ++slot) {
+      fills.push_back({{0, 0}, slot, FillKind::demand});
+      ops.push_back({buffer.data() + slot * source.size(), {source.data(), -1, 0, source.size()}});
+    }
+    for (const CopyOp& op : ops) batches.emplace_back(&op, 1);
+  }
+  void submit(CopyLane& lane) const { lane.submit(fills, batches); }
 
-TEST(CopyLane, tells_the_end_of_every_fill_in_order_before_it_goes) {
+  std::vector<Fill> fills;
+  std::vector<CopyOp> ops;
+  std::vector<CopyBatch> batches;
+};
+
+TEST(CopyLane, tells_the_end_of_every_fill_before_it_goes) {
   const auto device = make_host_device({.copy_threads = 3});
   const Buffer buffer{*device, 20'000};
   const std::vector<std::byte> source(1000, std::byte{7});
   Log log;
   {
     CopyLane lane{*device, StreamPriority::demand, log.listener()};
-    for (SlotIndex slot = 0; slot < 20; ++slot) {
-      const CopyOp op{buffer.data() + slot * 1000, {source.data(), -1, 0, 1000}};
-      lane.submit(fill_of(slot), {&op, 1});
-    }
+    for (SlotIndex slot = 0; slot < 20; slot += 5) Fills{slot, 5, buffer, source}.submit(lane);
+    lane.submit({}, {});
   }
   ASSERT_EQ(log.told.size(), 20u);
+  std::ranges::sort(log.told, {}, [](const auto& ended) { return ended.fill.slot; });
   for (SlotIndex slot = 0; slot < 20; ++slot) {
-    EXPECT_EQ(log.told[slot], std::pair(slot, std::string{}));
+    EXPECT_EQ(log.told[slot].fill.slot, slot);
+    EXPECT_EQ(log.told[slot].end.how, How::landed);
+    EXPECT_EQ(log.told[slot].end.bytes_moved, 1000u);
+    EXPECT_LE(log.told[slot].start_s, log.told[slot].end_s);
   }
 }
 
 TEST(CopyLane, tells_a_failed_copy_with_its_reason_and_goes_on) {
   const auto device = make_host_device({.copy_threads = 1, .faults = {.fail_at_copy = 2}});
-  const Buffer buffer{*device, 100};
+  const Buffer buffer{*device, 300};
   const std::vector<std::byte> source(100);
   Log log;
   {
     CopyLane lane{*device, StreamPriority::prefetch, log.listener()};
-    for (SlotIndex slot = 0; slot < 3; ++slot) {
-      const CopyOp op{buffer.data(), {source.data(), -1, 0, 1}};
-      lane.submit(fill_of(slot), {&op, 1});
-    }
+    Fills{0, 3, buffer, source}.submit(lane);
   }
   ASSERT_EQ(log.told.size(), 3u);
-  EXPECT_EQ(log.told[0].second, "");
-  EXPECT_EQ(log.told[1].second, "read error injected by a test");
-  EXPECT_EQ(log.told[2].second, "");
+  EXPECT_EQ(log.told[0].end.error, "");
+  EXPECT_EQ(log.told[1].end.error, "read error injected by a test");
+  EXPECT_EQ(log.told[2].end.error, "");
 }
 
-TEST(CopyLane, tells_a_batch_that_the_device_rejects_like_any_failed_copy) {
+TEST(CopyLane, tells_what_the_device_rejects_like_any_failed_copy) {
   RejectingDevice device;
   Log log;
   {
     CopyLane lane{device, StreamPriority::demand, log.listener()};
-    for (SlotIndex slot = 0; slot < 4; ++slot) lane.submit(fill_of(slot), {});
+    const std::vector<Fill> fills{{{0, 0}, 0, FillKind::demand}, {{0, 1}, 1, FillKind::demand}};
+    const std::vector<CopyBatch> batches(2);
+    for (int call = 0; call < 4; ++call) lane.submit(fills, batches);
   }
-  ASSERT_EQ(log.told.size(), 4u);
-  for (SlotIndex slot = 0; slot < 4; ++slot) {
-    EXPECT_EQ(log.told[slot], std::pair(slot, std::string{slot % 2 == 0 ? "" : "batch rejected"}));
-  }
+  ASSERT_EQ(log.told.size(), 8u);
+  EXPECT_EQ(std::ranges::count(log.told, "batch rejected",
+                               [](const auto& ended) { return ended.end.error; }),
+            4);
+  EXPECT_EQ(
+      std::ranges::count(log.told, How::failed, [](const auto& ended) { return ended.end.how; }),
+      4);
 }
 
-TEST(CopyLane, a_fill_is_in_flight_until_it_is_told) {
-  const auto device = make_host_device({});
-  std::mutex gate;
-  std::unique_lock closed{gate};
-  CopyLane lane{*device, StreamPriority::demand,
-                [&](const CopyLane::Landed&) { const std::scoped_lock wait_for_the_test{gate}; }};
-  EXPECT_EQ(lane.in_flight(), 0u);
-  for (SlotIndex slot = 0; slot < 3; ++slot) lane.submit(fill_of(slot), {});
-  // The worker tells of the first and waits at the gate.
-  EXPECT_GE(lane.in_flight(), 2u);
-  EXPECT_LE(lane.in_flight(), 3u);
-  closed.unlock();
+TEST(CopyLane, withdraws_and_promotes_the_fill_of_a_slot_and_no_other) {
+  // So slow that the first fill would take minutes.
+  const auto device = make_host_device({.copy_threads = 1, .piece_bytes = 1000, .link_gbps = 1e-4});
+  const std::vector<std::byte> large(10'000'000);
+  const std::vector<std::byte> small(1000);
+  const Buffer large_slot{*device, large.size()};
+  const Buffer slots{*device, 4000};
+  Log log;
+  {
+    CopyLane lane{*device, StreamPriority::prefetch, log.listener()};
+    Fills{0, 1, large_slot, large}.submit(lane);
+    Fills{1, 3, slots, small}.submit(lane);
+    lane.promote(2);
+    lane.promote(9);  // which it has not got
+    lane.withdraw(9);
+    lane.withdraw(3);
+    const auto told = [&] {
+      const std::scoped_lock lock{log.mutex};
+      return log.told.size();
+    };
+    while (told() < 2) std::this_thread::yield();  // without the first, which was before them
+    lane.withdraw(0);
+  }
+  ASSERT_EQ(log.told.size(), 4u);
+  std::ranges::sort(log.told, {}, [](const auto& ended) { return ended.fill.slot; });
+  EXPECT_EQ(log.told[0].end.how, How::withdrawn);
+  EXPECT_EQ(log.told[1].end.how, How::landed);
+  EXPECT_EQ(log.told[2].end.how, How::landed);
+  EXPECT_EQ(log.told[3].end.how, How::withdrawn);
+  EXPECT_EQ(log.told[3].end.bytes_moved, 0u);
 }
 
 }  // namespace

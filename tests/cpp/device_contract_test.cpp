@@ -7,11 +7,13 @@
 #include <cmath>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -37,6 +39,33 @@ Bytes random_bytes(std::size_t count, std::uint32_t seed) {
 }
 
 Extent in_memory(const Bytes& bytes) { return {bytes.data(), -1, 0, bytes.size()}; }
+
+using Ops = std::vector<CopyOp>;
+using How = BatchEnd::How;
+
+Fence submit(Stream& stream, const Ops& ops) {
+  const CopyBatch batch{ops};
+  return stream.submit({&batch, 1});
+}
+
+/// Copies in a stream that is idle. Returns the end.
+BatchEnd copy(Stream& stream, const Ops& ops) {
+  const Fence fence = submit(stream, ops);
+  BatchEnd end = stream.next_end();
+  EXPECT_EQ(end.fence, fence);
+  return end;
+}
+
+/// The next `count` ends that the stream tells, by fence.
+std::map<Fence, BatchEnd> ends_of(Stream& stream, std::size_t count) {
+  std::map<Fence, BatchEnd> ends;
+  for (std::size_t i = 0; i < count; ++i) {
+    BatchEnd end = stream.next_end();
+    const Fence fence = end.fence;
+    EXPECT_TRUE(ends.emplace(fence, std::move(end)).second) << "told twice";
+  }
+  return ends;
+}
 
 /// One implementation under the contract.
 struct DeviceCase {
@@ -71,8 +100,7 @@ TEST_P(DeviceContract, memory_is_aligned_and_apart) {
   const Bytes ones = random_bytes(10'000, 1);
   const Bytes twos = random_bytes(10'000, 2);
   const auto stream = device->make_stream(StreamPriority::demand);
-  stream->wait(stream->copy_batch(
-      std::vector<CopyOp>{{first.data(), in_memory(ones)}, {second.data(), in_memory(twos)}}));
+  copy(*stream, {{first.data(), in_memory(ones)}, {second.data(), in_memory(twos)}});
   EXPECT_EQ(read(first, 0, 10'000), ones);
   EXPECT_EQ(read(second, 0, 10'000), twos);
 }
@@ -96,7 +124,9 @@ TEST_P(DeviceContract, copies_of_every_size_arrive_from_memory_and_from_files) {
       const Buffer buffer{*device, 40'000};
       const Extent where = from_file ? Extent{nullptr, file.descriptor(), 13, bytes}
                                      : Extent{source.data(), -1, 13, bytes};
-      stream->wait(stream->copy_batch(std::vector<CopyOp>{{buffer.data() + 100, where}}));
+      const BatchEnd end = copy(*stream, {{buffer.data() + 100, where}});
+      EXPECT_EQ(end.how, How::landed);
+      EXPECT_EQ(end.bytes_moved, bytes);
       const Bytes wanted{source.begin() + 13, source.begin() + 13 + static_cast<long>(bytes)};
       EXPECT_EQ(read(buffer, 100, bytes), wanted) << bytes << (from_file ? " file" : " memory");
       EXPECT_EQ(read(buffer, 99, 1)[0], std::byte{0}) << "written before the destination";
@@ -121,67 +151,103 @@ TEST_P(DeviceContract, a_batch_of_many_copies_arrives_whole) {
   }
   std::ranges::shuffle(ops, random);
   const auto stream = device->make_stream(StreamPriority::demand);
-  stream->wait(stream->copy_batch(ops));
+  EXPECT_EQ(copy(*stream, ops).bytes_moved, source.size());
   EXPECT_EQ(read(buffer, 0, source.size()), source);
 }
 
-TEST_P(DeviceContract, fences_count_up_and_a_fence_covers_all_batches_before_it) {
+TEST_P(DeviceContract, fences_count_up_over_the_batches_of_every_call) {
   const auto device = make({.copy_threads = 3});
   const Bytes source = random_bytes(64 * piece_bytes, 6);
   const Buffer buffer{*device, source.size()};
   const auto stream = device->make_stream(StreamPriority::demand);
-  Fence last = 0;
+  Ops ops;
   for (std::uint64_t i = 0; i < 64; ++i) {
-    const Extent extent{source.data(), -1, i * piece_bytes, piece_bytes};
-    const Fence fence =
-        stream->copy_batch(std::vector<CopyOp>{{buffer.data() + i * piece_bytes, extent}});
-    EXPECT_GT(fence, last);
-    last = fence;
+    ops.push_back({buffer.data() + i * piece_bytes, {source.data(), -1, i * piece_bytes, 4096}});
   }
-  stream->wait(last);
+  const std::span<const CopyOp> all{ops};
+  Fence next = 1;
+  for (std::size_t first = 0, count = 1; first < 64; first += count, count = 63 / 3) {
+    std::vector<CopyBatch> batches;
+    for (std::size_t i = first; i < first + count; ++i) batches.push_back(all.subspan(i, 1));
+    EXPECT_EQ(stream->submit(batches), next);
+    next += count;
+  }
+  const auto ends = ends_of(*stream, 64);
+  EXPECT_EQ(ends.begin()->first, 1u);
+  EXPECT_EQ(ends.rbegin()->first, 64u);
+  for (const auto& [fence, end] : ends) {
+    EXPECT_EQ(end.how, How::landed);
+    EXPECT_EQ(end.bytes_moved, piece_bytes);
+    EXPECT_EQ(end.error, "");
+  }
   EXPECT_EQ(read(buffer, 0, source.size()), source);
 }
 
-TEST_P(DeviceContract, waiting_for_nothing_or_for_the_past_returns) {
+TEST_P(DeviceContract, a_batch_has_landed_when_its_end_is_told_whatever_the_others_do) {
+  const auto device = make({.copy_threads = 3});
+  constexpr std::size_t count = 30;
+  const Bytes source = random_bytes(count * piece_bytes, 7);
+  const Buffer buffer{*device, source.size()};
+  const auto stream = device->make_stream(StreamPriority::demand);
+  Ops ops;
+  std::vector<CopyBatch> batches;
+  for (std::uint64_t i = 0; i < count; ++i) {
+    ops.push_back(
+        {buffer.data() + i * piece_bytes, {source.data(), -1, i * piece_bytes, piece_bytes}});
+  }
+  for (const CopyOp& op : ops) batches.emplace_back(&op, 1);
+  const Fence first = stream->submit(batches);
+  ops.clear();  // the spans need not outlive the call
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t at = (stream->next_end().fence - first) * piece_bytes;
+    const Bytes wanted{source.begin() + static_cast<long>(at),
+                       source.begin() + static_cast<long>(at + piece_bytes)};
+    EXPECT_EQ(read(buffer, at, piece_bytes), wanted);
+  }
+}
+
+TEST_P(DeviceContract, a_batch_without_a_byte_ends_like_any_other) {
   const auto device = make();
   const Bytes source = random_bytes(100, 7);
   const Buffer buffer{*device, 100};
   const auto stream = device->make_stream(StreamPriority::demand);
-  stream->wait(0);
-  const Fence first = stream->copy_batch(std::vector<CopyOp>{{buffer.data(), in_memory(source)}});
-  const Fence empty = stream->copy_batch({});
-  EXPECT_GT(empty, first);
-  stream->wait(empty);
+  const Ops ops{{buffer.data(), in_memory(source)}, {buffer.data(), {source.data(), -1, 0, 0}}};
+  const std::span<const CopyOp> all{ops};
+  const std::vector<CopyBatch> batches{all.first(1), {}, all.last(1)};
+  EXPECT_EQ(stream->submit(batches), 1u);
+  auto ends = ends_of(*stream, 3);
+  for (const Fence fence : {1U, 2U, 3U}) {
+    EXPECT_EQ(ends.at(fence).how, How::landed);
+    EXPECT_EQ(ends.at(fence).bytes_moved, fence == 1 ? 100u : 0u);
+  }
   EXPECT_EQ(read(buffer, 0, 100), source);
-  for (const Fence fence : {empty, first, first, Fence{0}}) stream->wait(fence);
 }
 
 TEST_P(DeviceContract, streams_do_not_wait_for_each_other) {
   const auto device = make();
   const auto one = device->make_stream(StreamPriority::prefetch);
   const auto two = device->make_stream(StreamPriority::demand);
-  const Fence fence = one->copy_batch({});
-  EXPECT_EQ(two->copy_batch({}), fence);  // each counts by itself
-  two->wait(fence);
-  one->wait(fence);
+  const Fence fence = submit(*one, {});
+  EXPECT_EQ(submit(*two, {}), fence);  // each counts by itself
+  EXPECT_EQ(two->next_end().fence, fence);
+  EXPECT_EQ(one->next_end().fence, fence);
 }
 
-TEST_P(DeviceContract, any_number_of_threads_may_wait) {
+TEST_P(DeviceContract, any_number_of_threads_may_wait_and_each_end_is_told_to_one) {
   const auto device = make();
   const Bytes source = random_bytes(20 * piece_bytes, 8);
   const Buffer buffer{*device, source.size()};
   const auto stream = device->make_stream(StreamPriority::demand);
-  const Fence fence = stream->copy_batch(std::vector<CopyOp>{{buffer.data(), in_memory(source)}});
-  std::atomic<int> complete{0};
+  std::atomic<Fence> told{0};
   std::vector<std::thread> waiters;
+  const Ops ops{{buffer.data(), in_memory(source)}};
+  static_cast<void>(stream->submit(std::vector<CopyBatch>{ops, {}, {}, {}}));
   for (int i = 0; i < 4; ++i) {
-    waiters.emplace_back([&] {
-      stream->wait(fence);
-      complete += read(buffer, 0, source.size()) == source ? 1 : 0;
-    });
+    waiters.emplace_back([&] { told += stream->next_end().fence; });
   }
   for (std::thread& waiter : waiters) waiter.join();
-  EXPECT_EQ(complete, 4);
+  EXPECT_EQ(told, 1u + 2 + 3 + 4);
+  EXPECT_EQ(read(buffer, 0, source.size()), source);
 }
 
 TEST_P(DeviceContract, a_stream_may_go_while_its_copies_are_under_way) {
@@ -190,7 +256,7 @@ TEST_P(DeviceContract, a_stream_may_go_while_its_copies_are_under_way) {
   const Buffer buffer{*device, source.size()};
   {
     const auto stream = device->make_stream(StreamPriority::prefetch);
-    static_cast<void>(stream->copy_batch(std::vector<CopyOp>{{buffer.data(), in_memory(source)}}));
+    static_cast<void>(submit(*stream, {{buffer.data(), in_memory(source)}}));
   }
   EXPECT_EQ(read(buffer, 0, source.size()), source);
 }
@@ -201,19 +267,22 @@ TEST_P(DeviceContract, a_file_that_is_too_short_fails_its_own_batch_once) {
   const TempFile file{source};
   const Buffer buffer{*device, 8 * piece_bytes};
   const auto stream = device->make_stream(StreamPriority::demand);
-  const auto copy = [&](std::size_t to_piece, std::uint64_t offset, std::uint64_t bytes) {
-    return stream->copy_batch(std::vector<CopyOp>{
-        {buffer.data() + to_piece * piece_bytes, {nullptr, file.descriptor(), offset, bytes}}});
+  const auto start = [&](std::size_t to_piece, std::uint64_t offset, std::uint64_t bytes) {
+    return submit(*stream, {{buffer.data() + to_piece * piece_bytes,
+                             {nullptr, file.descriptor(), offset, bytes}}});
   };
-  const Fence good = copy(0, 0, piece_bytes);
-  const Fence bad = copy(1, piece_bytes, 2 * piece_bytes);
-  const Fence better = copy(3, 10, 2 * piece_bytes - 10);
-  stream->wait(better);
-  stream->wait(good);
-  EXPECT_EQ(message_of<DeviceError>([&] { stream->wait(bad); }),
+  const Fence good = start(0, 0, piece_bytes);
+  const Fence bad = start(1, piece_bytes, 2 * piece_bytes);
+  const Fence better = start(3, 10, 2 * piece_bytes - 10);
+  auto ends = ends_of(*stream, 3);
+  EXPECT_EQ(ends.at(good).how, How::landed);
+  EXPECT_EQ(ends.at(better).how, How::landed);
+  EXPECT_EQ(ends.at(bad).how, How::failed);
+  EXPECT_EQ(ends.at(bad).bytes_moved, piece_bytes);
+  EXPECT_EQ(ends.at(bad).error,
             "the file ends at byte 8192, 4096 bytes short: it was truncated after it was opened");
-  stream->wait(bad);
-  stream->wait(copy(5, 0, 2 * piece_bytes));
+  static_cast<void>(start(5, 0, 2 * piece_bytes));
+  EXPECT_EQ(stream->next_end().how, How::landed);
   EXPECT_EQ(read(buffer, 5 * piece_bytes, 2 * piece_bytes), source);
 }
 
@@ -222,18 +291,18 @@ TEST_P(DeviceContract, a_batch_with_several_faults_tells_one_of_them) {
   const TempFile file{random_bytes(10, 11)};
   const Buffer buffer{*device, 8 * piece_bytes};
   const auto stream = device->make_stream(StreamPriority::demand);
-  const Fence bad = stream->copy_batch(
-      std::vector<CopyOp>{{buffer.data(), {nullptr, file.descriptor(), 0, 8 * piece_bytes}}});
-  EXPECT_THROW(stream->wait(bad), DeviceError);
-  stream->wait(bad);
+  const BatchEnd bad =
+      copy(*stream, {{buffer.data(), {nullptr, file.descriptor(), 0, 8 * piece_bytes}}});
+  EXPECT_EQ(bad.how, How::failed);
+  EXPECT_EQ(bad.bytes_moved, 0u);
+  EXPECT_NE(bad.error, "");
 }
 
 TEST_P(DeviceContract, a_descriptor_that_cannot_be_read_is_told_with_the_system_s_reason) {
   const auto device = make();
   const Buffer buffer{*device, 100};
   const auto stream = device->make_stream(StreamPriority::demand);
-  const Fence bad = stream->copy_batch(std::vector<CopyOp>{{buffer.data(), {nullptr, -1, 7, 100}}});
-  EXPECT_EQ(message_of<DeviceError>([&] { stream->wait(bad); }),
+  EXPECT_EQ(copy(*stream, {{buffer.data(), {nullptr, -1, 7, 100}}}).error,
             "read of 100 bytes at offset 7 failed: Bad file descriptor");
 }
 
@@ -244,14 +313,13 @@ TEST_P(DeviceContract, link_stats_count_the_bytes_that_arrived) {
   const Buffer buffer{*device, 2 * source.size()};
   EXPECT_EQ(device->link_stats().bytes, 0u);
   const auto stream = device->make_stream(StreamPriority::demand);
-  stream->wait(stream->copy_batch(std::vector<CopyOp>{
-      {buffer.data(), in_memory(source)},
-      {buffer.data() + source.size(), {nullptr, file.descriptor(), 0, source.size()}}}));
+  copy(*stream, {{buffer.data(), in_memory(source)},
+                 {buffer.data() + source.size(), {nullptr, file.descriptor(), 0, source.size()}}});
   EXPECT_EQ(device->link_stats().bytes, 2 * source.size());
   EXPECT_GT(device->link_stats().busy_s, 0.0);
-  const Fence bad = stream->copy_batch(
-      std::vector<CopyOp>{{buffer.data(), {nullptr, file.descriptor(), source.size(), 9}}});
-  EXPECT_THROW(stream->wait(bad), DeviceError);
+  const BatchEnd bad =
+      copy(*stream, {{buffer.data(), {nullptr, file.descriptor(), source.size(), 9}}});
+  EXPECT_EQ(bad.how, How::failed);
   EXPECT_EQ(device->link_stats().bytes, 2 * source.size());
 }
 
@@ -261,18 +329,15 @@ TEST_P(DeviceContract, a_planted_fault_fails_one_copy_and_no_other) {
   const Bytes source = random_bytes(piece_bytes, 13);
   const Buffer buffer{*device, 5 * piece_bytes};
   const auto stream = device->make_stream(StreamPriority::demand);
-  std::vector<Fence> fences;
   for (std::size_t i = 0; i < 5; ++i) {
-    fences.push_back(stream->copy_batch(
-        std::vector<CopyOp>{{buffer.data() + i * piece_bytes, in_memory(source)}}));
+    static_cast<void>(submit(*stream, {{buffer.data() + i * piece_bytes, in_memory(source)}}));
   }
-  for (std::size_t i = 0; i < 5; ++i) {
-    if (i == 2) {
-      EXPECT_EQ(message_of<DeviceError>([&] { stream->wait(fences[i]); }),
-                "read error injected by a test");
+  for (const auto& [fence, end] : ends_of(*stream, 5)) {
+    if (fence == 3) {
+      EXPECT_EQ(end.error, "read error injected by a test");
     } else {
-      stream->wait(fences[i]);
-      EXPECT_EQ(read(buffer, i * piece_bytes, piece_bytes), source) << i;
+      EXPECT_EQ(end.how, How::landed);
+      EXPECT_EQ(read(buffer, (fence - 1) * piece_bytes, piece_bytes), source) << fence;
     }
   }
   EXPECT_EQ(device->link_stats().bytes, 4 * piece_bytes);
@@ -289,12 +354,145 @@ TEST_P(DeviceContract, a_demand_goes_ahead_of_the_prefetches_that_wait) {
   const Buffer buffer{*device, (prefetch_pieces + 1) * piece_bytes};
   const auto prefetch = device->make_stream(StreamPriority::prefetch);
   const auto demand = device->make_stream(StreamPriority::demand);
-  const Fence later = prefetch->copy_batch(std::vector<CopyOp>{{buffer.data(), in_memory(source)}});
-  const Fence sooner = demand->copy_batch(
-      std::vector<CopyOp>{{buffer.data() + source.size(), {source.data(), -1, 0, piece_bytes}}});
-  demand->wait(sooner);
-  EXPECT_THROW(prefetch->wait(later), DeviceError);
+  static_cast<void>(submit(*prefetch, {{buffer.data(), in_memory(source)}}));
+  const BatchEnd sooner =
+      copy(*demand, {{buffer.data() + source.size(), {source.data(), -1, 0, piece_bytes}}});
+  EXPECT_EQ(sooner.how, How::landed);
+  EXPECT_EQ(prefetch->next_end().how, How::failed);
   EXPECT_EQ(device->link_stats().bytes, prefetch_pieces * piece_bytes);
+}
+
+/// A link so slow that what is submitted stays under way for the length of a test, unless it is
+/// withdrawn: a piece a hundredth of a second.
+constexpr double slow_gbps = 4e-4;
+constexpr std::size_t many_pieces = 1000;
+
+TEST_P(DeviceContract, a_withdrawn_batch_ends_with_what_had_begun) {
+  if (!GetParam().has_link_options) GTEST_SKIP() << "cannot be slowed";
+  const auto device = make({.copy_threads = 2, .link_gbps = slow_gbps});
+  const Bytes source = random_bytes(many_pieces * piece_bytes, 16);
+  const Buffer buffer{*device, source.size()};
+  for (const StreamPriority priority : {StreamPriority::prefetch, StreamPriority::demand}) {
+    const auto stream = device->make_stream(priority);
+    const std::uint64_t before = device->link_stats().bytes;
+    const Fence fence = submit(*stream, {{buffer.data(), in_memory(source)}});
+    stream->withdraw(fence);
+    const BatchEnd end = stream->next_end();
+    EXPECT_EQ(end.fence, fence);
+    EXPECT_EQ(end.how, How::withdrawn);
+    EXPECT_EQ(end.error, "");
+    EXPECT_LT(end.bytes_moved, source.size());
+    EXPECT_EQ(device->link_stats().bytes - before, end.bytes_moved);
+    // Nothing is written any more: the destination may be another's at once.
+    const Bytes other = random_bytes(piece_bytes, 17);
+    copy(*stream, {{buffer.data(), in_memory(other)}});
+    EXPECT_EQ(read(buffer, 0, piece_bytes), other);
+    stream->withdraw(fence);  // it has ended
+    stream->withdraw(fence + 1);
+    EXPECT_EQ(copy(*stream, {{buffer.data(), in_memory(other)}}).how, How::landed);
+  }
+}
+
+TEST_P(DeviceContract, withdrawing_one_batch_lets_the_others_land) {
+  if (!GetParam().has_link_options) GTEST_SKIP() << "cannot be slowed";
+  const auto device = make({.copy_threads = 1, .link_gbps = slow_gbps});
+  const Bytes source = random_bytes(many_pieces * piece_bytes, 18);
+  const Buffer buffer{*device, source.size() + 2 * piece_bytes};
+  const auto stream = device->make_stream(StreamPriority::prefetch);
+  const Ops ops{{buffer.data(), in_memory(source)},
+                {buffer.data() + source.size(), {source.data(), -1, 0, piece_bytes}},
+                {buffer.data() + source.size() + piece_bytes, {source.data(), -1, 0, piece_bytes}}};
+  const std::span<const CopyOp> all{ops};
+  const Fence first = stream->submit(
+      std::vector<CopyBatch>{all.subspan(0, 1), all.subspan(1, 1), all.subspan(2, 1)});
+  stream->withdraw(first + 1);  // waits behind the first
+  const BatchEnd unbegun = stream->next_end();
+  EXPECT_EQ(unbegun.fence, first + 1);
+  EXPECT_EQ(unbegun.how, How::withdrawn);
+  EXPECT_EQ(unbegun.bytes_moved, 0u);
+  stream->withdraw(first);
+  EXPECT_EQ(stream->next_end().fence, first);
+  const BatchEnd last = stream->next_end();
+  EXPECT_EQ(last.fence, first + 2);
+  EXPECT_EQ(last.how, How::landed);
+  EXPECT_EQ(read(buffer, source.size() + piece_bytes, piece_bytes),
+            (Bytes{source.begin(), source.begin() + piece_bytes}));
+  EXPECT_EQ(read(buffer, source.size(), piece_bytes), Bytes(piece_bytes));
+}
+
+TEST_P(DeviceContract, a_withdrawn_batch_with_a_fault_has_failed) {
+  if (!GetParam().has_link_options) GTEST_SKIP() << "plants no faults";
+  const auto device =
+      make({.copy_threads = 1, .link_gbps = slow_gbps, .faults = {.fail_at_copy = 1}});
+  const Bytes source = random_bytes(many_pieces * piece_bytes, 19);
+  const Buffer buffer{*device, source.size()};
+  const auto stream = device->make_stream(StreamPriority::prefetch);
+  const auto demand = device->make_stream(StreamPriority::demand);
+  const Fence fence = submit(*stream, {{buffer.data(), in_memory(source)}});
+  // Once a demand has passed it, its first piece has failed.
+  while (device->link_stats().busy_s == 0) std::this_thread::yield();
+  copy(*demand, {{buffer.data(), {source.data(), -1, 0, 1}}});
+  stream->withdraw(fence);
+  const BatchEnd end = stream->next_end();
+  EXPECT_EQ(end.how, How::failed);
+  EXPECT_EQ(end.error, "read error injected by a test");
+  EXPECT_LT(end.bytes_moved, source.size());
+}
+
+TEST_P(DeviceContract, withdrawing_at_any_moment_accounts_for_every_byte) {
+  if (!GetParam().has_link_options) GTEST_SKIP() << "cannot be slowed";
+  std::mt19937 random{20};
+  const auto device = make({.copy_threads = 3, .faults = {0, 20, 50}});
+  const Bytes source = random_bytes(8 * piece_bytes, 20);
+  const Buffer buffer{*device, source.size()};
+  const auto stream = device->make_stream(StreamPriority::prefetch);
+  std::uint64_t moved = 0;
+  for (int round = 0; round < 200; ++round) {
+    const Fence fence = submit(*stream, {{buffer.data(), in_memory(source)}});
+    for (auto spin = random() % 2000; spin > 0; --spin) static_cast<void>(random());
+    if (round % 3 == 0) stream->promote(fence);
+    stream->withdraw(fence);
+    const BatchEnd end = stream->next_end();
+    EXPECT_EQ(end.fence, fence);
+    EXPECT_EQ(end.how == How::landed, end.bytes_moved == source.size());
+    moved += end.bytes_moved;
+    EXPECT_EQ(device->link_stats().bytes, moved);
+  }
+}
+
+TEST_P(DeviceContract, a_promoted_batch_overtakes_the_prefetches_before_it) {
+  if (!GetParam().has_link_options) GTEST_SKIP() << "cannot be slowed";
+  const auto device = make({.copy_threads = 2, .link_gbps = slow_gbps});
+  const Bytes source = random_bytes(many_pieces * piece_bytes, 21);
+  const Buffer buffer{*device, source.size() + 3 * piece_bytes};
+  const auto stream = device->make_stream(StreamPriority::prefetch);
+  const Fence before = submit(*stream, {{buffer.data(), in_memory(source)}});
+  const Fence wanted =
+      submit(*stream, {{buffer.data() + source.size(), {source.data(), -1, 5, 3 * piece_bytes}}});
+  stream->promote(wanted);
+  const BatchEnd end = stream->next_end();
+  EXPECT_EQ(end.fence, wanted);
+  EXPECT_EQ(end.how, How::landed);
+  EXPECT_EQ(read(buffer, source.size(), 3 * piece_bytes),
+            (Bytes{source.begin() + 5, source.begin() + 5 + 3 * piece_bytes}));
+  // Two threads at half a piece each.
+  EXPECT_LE(device->link_stats().prefetch_before_demand, piece_bytes);
+  stream->promote(wanted);  // it has ended
+  stream->withdraw(before);
+  EXPECT_EQ(stream->next_end().how, How::withdrawn);
+}
+
+TEST_P(DeviceContract, a_promoted_batch_may_be_withdrawn) {
+  if (!GetParam().has_link_options) GTEST_SKIP() << "cannot be slowed";
+  const auto device = make({.copy_threads = 1, .link_gbps = slow_gbps});
+  const Bytes source = random_bytes(many_pieces * piece_bytes, 22);
+  const Buffer buffer{*device, source.size()};
+  const auto stream = device->make_stream(StreamPriority::prefetch);
+  const Fence fence = submit(*stream, {{buffer.data(), in_memory(source)}});
+  stream->promote(fence);
+  stream->promote(fence);
+  stream->withdraw(fence);
+  EXPECT_EQ(stream->next_end().how, How::withdrawn);
 }
 
 TEST_P(DeviceContract, random_delays_change_no_byte) {
@@ -304,7 +502,7 @@ TEST_P(DeviceContract, random_delays_change_no_byte) {
     const Bytes source = random_bytes(40 * piece_bytes, seed);
     const Buffer buffer{*device, source.size()};
     const auto stream = device->make_stream(StreamPriority::demand);
-    stream->wait(stream->copy_batch(std::vector<CopyOp>{{buffer.data(), in_memory(source)}}));
+    copy(*stream, {{buffer.data(), in_memory(source)}});
     EXPECT_EQ(read(buffer, 0, source.size()), source) << "seed " << seed;
   }
 }
@@ -342,19 +540,19 @@ TEST(HostDevice, faults_can_be_planted_later_and_count_from_then) {
   const Bytes source = random_bytes(100, 15);
   const Buffer buffer{*device, 100};
   const auto stream = device->make_stream(StreamPriority::demand);
-  const auto copy = [&] {
-    stream->wait(stream->copy_batch(std::vector<CopyOp>{{buffer.data(), in_memory(source)}}));
+  const auto lands = [&] {
+    return copy(*stream, {{buffer.data(), in_memory(source)}}).how == How::landed;
   };
-  copy();
-  copy();
+  EXPECT_TRUE(lands());
+  EXPECT_TRUE(lands());
   device->inject({.fail_at_copy = 2});
-  copy();
-  EXPECT_THROW(copy(), DeviceError);
-  copy();
+  EXPECT_TRUE(lands());
+  EXPECT_FALSE(lands());
+  EXPECT_TRUE(lands());
   device->inject({.fail_at_copy = 1});
-  EXPECT_THROW(copy(), DeviceError);
+  EXPECT_FALSE(lands());
   device->inject({});
-  copy();
+  EXPECT_TRUE(lands());
 }
 
 TEST(LinkPacer, lays_the_pieces_behind_each_other_on_the_link) {

@@ -215,6 +215,18 @@ TEST(CountSelected, counts_finite_scores_above_1) {
   EXPECT_EQ(count_selected(Scores{std::numeric_limits<float>::infinity()}), 0u);
 }
 
+TEST(PrefetchPolicy, finishes_nothing_that_the_router_did_not_choose_unless_it_says_so) {
+  for (const char* name : {"on-demand", "next-gate", "activation-trace", "sp-moe"}) {
+    Driven policy{name};
+    for (int pass = 0; pass < 20; ++pass) {
+      policy.need(1, {0});
+      policy.end_iteration();
+    }
+    policy.predict(1, Scores(expert_count, 1.5F));
+    EXPECT_FALSE(policy->keeps({1, 0})) << name;
+  }
+}
+
 TEST(OnDemand, prefetches_nothing) {
   Driven policy{"on-demand"};
   policy.predict(1, Scores(expert_count, 1.5F));
@@ -323,7 +335,7 @@ TEST(Horizon, admits_only_swaps_that_are_worthwhile) {
   Driven policy{"horizon"};
   policy.predict(1, Scores{1.5F, 1.5F, 0.0F, 0.4F, 0, 0});
   const auto admits = [&](ExpertId incoming, ExpertId victim) {
-    return policy->admits({incoming, victim, 0});
+    return policy->admits({incoming, victim});
   };
   EXPECT_TRUE(admits({1, 0}, {1, 2}));
   EXPECT_FALSE(admits({1, 0}, {1, 1}));  // as good
@@ -333,6 +345,22 @@ TEST(Horizon, admits_only_swaps_that_are_worthwhile) {
   EXPECT_TRUE(admits({1, 3}, {1, 2}));
   policy.limits.break_even = 0;
   EXPECT_FALSE(admits({1, 4}, {1, 2}));  // gains nothing
+}
+
+TEST(Horizon, finishes_what_it_would_admit_into_an_empty_slot) {
+  Driven policy{"horizon"};
+  for (int pass = 0; pass < 40; ++pass) {
+    policy.need(1, {0});
+    policy.end_iteration();
+  }
+  policy.predict(1, Scores{0, 1.5F, 0, 0, 0, 0});
+  policy.need(1, {2});
+  EXPECT_TRUE(policy->keeps({1, 0}));   // seldom left out
+  EXPECT_FALSE(policy->keeps({1, 1}));  // predicted, and wrong
+  policy.limits.break_even = 0.99F;
+  EXPECT_FALSE(policy->keeps({1, 0}));
+  policy.limits.break_even = 0;
+  EXPECT_FALSE(policy->keeps({1, 5}));  // gains nothing
 }
 
 TEST(Horizon, the_end_of_the_iteration_withdraws_its_prefetches) {
@@ -399,10 +427,20 @@ TEST(Oracle, fills_only_what_is_used_before_its_victim) {
   Driven policy{"oracle"};
   append_needs(policy.world.trace);
   policy.need(0, {1});
-  EXPECT_TRUE(policy->admits({{1, 0}, {0, 3}, 0}));
-  EXPECT_FALSE(policy->admits({{0, 3}, {1, 0}, 0}));
-  EXPECT_FALSE(policy->admits({{1, 0}, {1, 2}, 0}));  // used at the same time
-  EXPECT_TRUE(policy->admits({{1, 5}, {0, 1}, 0}));   // never used again
+  EXPECT_TRUE(policy->admits({{1, 0}, {0, 3}}));
+  EXPECT_FALSE(policy->admits({{0, 3}, {1, 0}}));
+  EXPECT_FALSE(policy->admits({{1, 0}, {1, 2}}));  // used at the same time
+  EXPECT_TRUE(policy->admits({{1, 5}, {0, 1}}));   // never used again
+}
+
+TEST(Oracle, finishes_what_is_used_within_a_pass_over_the_layers) {
+  Driven policy{"oracle"};
+  append_needs(policy.world.trace);
+  EXPECT_TRUE(policy->keeps({0, 3}));   // in the third need
+  EXPECT_FALSE(policy->keeps({0, 5}));  // in the fifth
+  EXPECT_FALSE(policy->keeps({2, 0}));  // never
+  policy.need(0, {1});
+  EXPECT_TRUE(policy->keeps({0, 5}));
 }
 
 TEST(Oracle, knows_nothing_once_the_run_has_left_the_trace) {
@@ -411,7 +449,7 @@ TEST(Oracle, knows_nothing_once_the_run_has_left_the_trace) {
   policy.need(0, {1});
   policy.need(1, {3});
   EXPECT_EQ(policy.waiting(), Ids{});
-  EXPECT_FALSE(policy->admits({{0, 3}, {0, 1}, 0}));
+  EXPECT_FALSE(policy->admits({{0, 3}, {0, 1}}));
 }
 
 }  // namespace

@@ -337,6 +337,70 @@ TEST(Runtime, gives_the_same_bits_under_every_policy_whatever_another_thread_pre
   }
 }
 
+TEST(Runtime, accounts_for_every_byte_when_wrong_prefetches_are_withdrawn_late_and_fail) {
+  const auto calls = conversation(34);
+  std::uint64_t cancelled_bytes = 0;
+  for (const std::string& prefetch : prefetch_policy_names()) {
+    for (const SlotIndex slot_count : {3U, 9U, all_slots}) {
+      SCOPED_TRACE(prefetch + " with " + std::to_string(slot_count) + " slots");
+      RuntimeOptions some = options(slot_count);
+      some.policies.prefetch = prefetch;
+      Runtime runtime{store(), some};
+      std::mt19937 random{slot_count};
+      std::vector<float> scores(expert_count);
+      std::vector<std::vector<float>> outs;
+      for (const LayerCall& call : calls) {
+        const auto fault = static_cast<std::uint64_t>(random() % 60);
+        runtime.inject({.fail_at_copy = fault, .delay_seed = slot_count, .max_delay_us = 40});
+        for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
+          std::ranges::generate(scores, [&] { return static_cast<float>(random() % 2) * 1.5F; });
+          runtime.predict(layer, scores, PredictionSource::draft);
+          runtime.predict(layer, scores, PredictionSource::target);
+        }
+        for (const std::size_t done = outs.size(); outs.size() == done;) {
+          try {
+            outs.push_back(forward(runtime, call));
+          } catch (const DeviceError&) {
+            runtime.begin_request();
+          }
+        }
+        if (random() % 4 == 0) runtime.end_iteration(0);
+        if (random() % 8 == 0) runtime.begin_request();
+      }
+      expect_same_bits(outs, 34);
+      runtime.close();
+      const LayerStats sum = total(runtime);
+      EXPECT_EQ(moved(sum), runtime.stats().link.bytes);
+      EXPECT_LE(sum.prefetch_used_bytes, sum.prefetch_bytes);
+      cancelled_bytes += sum.cancelled_bytes;
+    }
+  }
+  EXPECT_GT(cancelled_bytes, 0u);
+}
+
+TEST(Runtime, a_prefetch_that_the_router_did_not_choose_gives_the_link_to_the_demand) {
+  RuntimeOptions slow = options(3);
+  slow.policies.prefetch = "sp-moe";
+  slow.device.link_gbps = 1e-3;
+  Runtime runtime{store(), slow};
+  std::mt19937 random{35};
+  LayerCall call = random_call(random, 1, 1);
+  // Until the router is faster than the link, as it nearly always is. No expert stays for its turn.
+  std::int64_t expert = 0;
+  for (int round = 0; round < 100 && total(runtime).cancelled_bytes == 0; ++round) {
+    expert = 4 - expert;
+    std::vector<float> scores(expert_count, 0.0F);
+    scores[static_cast<std::size_t>(expert)] = 1.5F;
+    call.index = {expert + 1, expert + 2};
+    runtime.predict(1, scores);
+    forward(runtime, call);
+    runtime.end_iteration(0);
+  }
+  EXPECT_GT(total(runtime).cancelled_bytes, 0u);
+  runtime.close();
+  EXPECT_EQ(moved(total(runtime)), runtime.stats().link.bytes);
+}
+
 TEST(Runtime, gives_the_same_bits_from_a_file) {
   const auto in_file = std::make_shared<FakeStore>(format, layer_count, expert_count);
   in_file->move_to_file();
@@ -365,6 +429,8 @@ TEST(Runtime, gives_the_same_bits_after_failures) {
     }
     EXPECT_GT(failures, 0);
     expect_same_bits(outs, 14);
+    runtime.close();
+    EXPECT_EQ(moved(total(runtime)), runtime.stats().link.bytes);
   }
 }
 
@@ -425,7 +491,8 @@ TEST(Runtime, counters_add_up) {
     const RuntimeStats stats = runtime.stats();
     const LayerStats sum = total(runtime);
     EXPECT_EQ(sum.hits + sum.late + sum.misses, needed);
-    EXPECT_EQ(sum.demand_bytes, sum.misses * slot_bytes);
+    // A withdrawn prefetch that is needed again may land whole all the same.
+    EXPECT_LE(sum.demand_bytes, sum.misses * slot_bytes);
     EXPECT_EQ(moved(sum), stats.link.bytes);
     EXPECT_LE(sum.prefetch_used_bytes, sum.prefetch_bytes);
     EXPECT_EQ(stats.slot_count, slot_count);

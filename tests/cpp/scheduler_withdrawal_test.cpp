@@ -1,0 +1,185 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "scheduler_driver.hpp"
+
+namespace spmoe {
+namespace {
+
+using To = FillChange::To;
+
+/// All changes that are to be told.
+std::vector<std::pair<SlotIndex, To>> changes(Scheduler& scheduler) {
+  std::vector<std::pair<SlotIndex, To>> told;
+  while (const auto change = scheduler.next_change()) told.emplace_back(change->slot, change->to);
+  return told;
+}
+
+/// Reads layer 1 ahead, all four of its experts being under way, then needs expert 2 alone.
+struct Withdrawn {
+  Withdrawn() {
+    run(scheduler, 0, all_of(4));
+    fills = start(scheduler);
+    scheduler.need(1, Experts{2});
+  }
+  Scheduler scheduler = make(3, 4, 8);
+  std::vector<Fill> fills;  // by expert
+};
+
+TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want) {
+  Withdrawn it;
+  ASSERT_EQ(it.fills.size(), 4u);
+  auto told = changes(it.scheduler);
+  std::ranges::sort(told);
+  std::vector<std::pair<SlotIndex, To>> expected;
+  for (const Fill& fill : it.fills) {
+    expected.emplace_back(fill.slot, fill.expert.expert == 2 ? To::promoted : To::withdrawn);
+  }
+  EXPECT_EQ(told, expected);
+  EXPECT_EQ(it.scheduler.stats()[1].late, 1u);
+  it.scheduler.filled(it.fills[2].slot);
+  EXPECT_EQ(take(it.scheduler), Experts{2});
+  it.scheduler.computed(2);
+  it.scheduler.withdrawn(it.fills[0].slot, 0);
+  it.scheduler.withdrawn(it.fills[1].slot, 300);
+  it.scheduler.filled(it.fills[3].slot);  // too late
+  EXPECT_EQ(it.scheduler.resident_count(), 6u);
+  const LayerStats& stats = it.scheduler.stats()[1];
+  EXPECT_EQ(stats.prefetch_bytes, 2 * blob_bytes + 300);
+  EXPECT_EQ(stats.prefetch_used_bytes, blob_bytes);
+  EXPECT_EQ(stats.cancelled_bytes, 2 * blob_bytes - 300);
+  EXPECT_EQ(stats.cancelled, 0u);  // all had started
+  EXPECT_EQ(run(it.scheduler, 1, all_of(4)), 2u);
+  EXPECT_EQ(changes(it.scheduler).size(), 0u);
+}
+
+TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_told) {
+  Withdrawn it;
+  it.scheduler.abandon_need();
+  static_cast<void>(changes(it.scheduler));
+  it.scheduler.need(1, Experts{0, 1, 3});
+  EXPECT_EQ(it.scheduler.stats()[1].misses, 3u);
+  EXPECT_FALSE(it.scheduler.next_fill());
+  EXPECT_EQ(take(it.scheduler), Experts{});
+  it.scheduler.withdrawn(it.fills[1].slot, 999);
+  const auto again = start(it.scheduler);
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
+  EXPECT_EQ(again[0].kind, FillKind::demand);
+  EXPECT_FALSE(it.scheduler.failed(it.fills[0].slot, 10));  // not this need's read
+  EXPECT_EQ(start(it.scheduler).size(), 1u);
+  it.scheduler.filled(it.fills[3].slot);  // whole all the same
+  EXPECT_EQ(take(it.scheduler), Experts{3});
+  it.scheduler.filled(again[0].slot);
+  EXPECT_EQ(take(it.scheduler), Experts{1});
+  EXPECT_FALSE(it.scheduler.next_fill());
+  EXPECT_EQ(it.scheduler.stats()[1].prefetch_bytes, 999u + 10 + blob_bytes);
+  EXPECT_EQ(it.scheduler.stats()[1].prefetch_used_bytes, blob_bytes);
+  EXPECT_EQ(it.scheduler.stats()[1].demand_bytes, blob_bytes);
+}
+
+TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_withdrawn_fill) {
+  Withdrawn it;
+  it.scheduler.abandon_need();
+  it.scheduler.need(1, all_of(4));  // reads layer 2 ahead
+  EXPECT_FALSE(it.scheduler.next_fill());
+  for (const std::size_t expert : {0U, 1U, 3U}) {
+    it.scheduler.withdrawn(it.fills[expert].slot, 0);
+    EXPECT_EQ(it.scheduler.next_fill().value().kind, FillKind::demand);
+  }
+  EXPECT_EQ(it.scheduler.next_fill().value().expert.layer, 2);
+}
+
+TEST(Scheduler, a_prefetch_that_is_asked_for_again_waits_for_the_end_of_the_withdrawn_one) {
+  Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"sp-moe", "auto"}};
+  const std::vector<float> scores{0, 1.5F, 0, 0};
+  scheduler.predict(1, scores);
+  const auto first = scheduler.next_fill().value();
+  scheduler.end_iteration();
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{first.slot, To::withdrawn}}));
+  scheduler.predict(1, scores);
+  EXPECT_FALSE(scheduler.next_fill());
+  scheduler.withdrawn(first.slot, 1);
+  EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
+}
+
+TEST(Scheduler, the_end_of_an_iteration_withdraws_what_was_drafted_for_layers_that_did_not_run) {
+  for (const bool early : {false, true}) {
+    Scheduler scheduler{{3, 4, 8, blob_bytes, 2}, {"sp-moe", "auto"}};
+    const std::vector<float> scores{1.5F, 1.5F, 0, 0};
+    for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
+    const auto fills = start(scheduler);
+    ASSERT_EQ(fills.size(), 6u);
+    scheduler.filled(fills[4].slot);
+    scheduler.need(0, Experts{0, 1});
+    EXPECT_EQ(changes(scheduler).size(), 2u);  // are promoted
+    // A request that ended early leaves its iteration to the next one.
+    early ? scheduler.begin_request() : scheduler.end_iteration();
+    EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[2].slot, To::withdrawn},
+                                               std::pair{fills[3].slot, To::withdrawn},
+                                               std::pair{fills[5].slot, To::withdrawn}}));
+    scheduler.begin_request();
+    scheduler.end_iteration();
+    EXPECT_EQ(changes(scheduler).size(), 0u);
+  }
+}
+
+TEST(Scheduler, the_next_request_starts_with_no_layer_run) {
+  Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"sp-moe", "auto"}};
+  run(scheduler, 1, {0});
+  scheduler.begin_request();  // the request ended in the middle of its first pass
+  scheduler.predict(1, std::vector<float>{0, 1.5F, 0, 0});
+  EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
+}
+
+TEST(Scheduler, what_the_running_need_waits_for_is_never_withdrawn) {
+  Scheduler scheduler{{1, 4, 4, blob_bytes, 1}, {"sp-moe", "auto"}};
+  const std::vector<float> scores{0, 1.5F, 0, 0};
+  scheduler.predict(0, scores);
+  const auto fill = scheduler.next_fill().value();
+  scheduler.need(0, Experts{1});
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fill.slot, To::promoted}}));
+  // Another thread ends iterations and predicts meanwhile.
+  scheduler.end_iteration();
+  scheduler.predict(0, scores);
+  EXPECT_FALSE(scheduler.next_fill());
+  scheduler.end_iteration();
+  EXPECT_EQ(changes(scheduler).size(), 0u);
+  scheduler.filled(fill.slot);
+  EXPECT_EQ(take(scheduler), Experts{1});
+}
+
+TEST(Scheduler, horizon_finishes_what_is_often_used) {
+  Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"horizon", "auto"}};
+  for (int pass = 0; pass < 40; ++pass) {
+    scheduler.need(1, Experts{0});
+    EXPECT_TRUE(scheduler.failed(scheduler.next_fill().value().slot, 0));  // never resident
+    scheduler.abandon_need();
+    scheduler.end_iteration();
+  }
+  scheduler.predict(1, std::vector<float>{1.5F, 1.5F, 0, 0});
+  const auto fills = start(scheduler);
+  ASSERT_EQ(fills.size(), 2u);
+  EXPECT_EQ(fills[1].expert, (ExpertId{1, 1}));
+  scheduler.need(1, Experts{2});
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[1].slot, To::withdrawn}}));
+}
+
+TEST(Scheduler, a_failed_fill_accounts_for_what_it_moved) {
+  Scheduler scheduler = make(2, 4, 4);
+  scheduler.need(0, Experts{0});
+  EXPECT_TRUE(scheduler.failed(scheduler.next_fill().value().slot, 700));
+  scheduler.abandon_need();
+  EXPECT_EQ(scheduler.stats()[0].demand_bytes, 700u);
+  run(scheduler, 0, all_of(4));
+  EXPECT_FALSE(scheduler.failed(scheduler.next_fill().value().slot, 20));
+  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 20u);
+  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 0u);
+}
+
+}  // namespace
+}  // namespace spmoe
