@@ -172,7 +172,9 @@ void bind_runtime(py::module_& m) {
           [](Runtime& runtime, std::uint16_t cutoff_layer, std::vector<std::uint64_t> budget_bytes,
              float break_even) {
             py::gil_scoped_release unlocked;
-            runtime.set_limits({cutoff_layer, std::move(budget_bytes), break_even});
+            runtime.set_limits({.cutoff_layer = cutoff_layer,
+                                .budget_bytes = std::move(budget_bytes),
+                                .break_even = break_even});
           },
           py::arg("cutoff_layer"), py::arg("budget_bytes"), py::arg("break_even"))
       .def("record_routing", &Runtime::record_routing, py::arg("on"))

@@ -88,7 +88,9 @@ class Horizon final : public PrefetchPolicy {
         if (probability < limits_.break_even || view_.slots.find({layer, expert})) continue;
         planned_.push_back({{layer, expert}, probability});
       }
-      const std::uint64_t room = limits_.budget_bytes[layer] / view_.shape.blob_bytes;
+      const std::uint64_t budget = limits_.budget_bytes[layer];
+      const std::uint64_t room =
+          (budget - std::min(budget, limits_.moved_bytes)) / view_.shape.blob_bytes;
       while (planned_.size() > room) {
         const auto least = std::ranges::min_element(planned_, {}, &Planned::probability);
         queue.push(least->expert, FillKind::prefetch,

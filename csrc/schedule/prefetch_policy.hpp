@@ -71,8 +71,10 @@ struct PolicyView {
 struct PrefetchLimits {
   /// Leading layers that drafting prefetches for (the cutoff layer L); `sp-moe` alone.
   std::uint16_t cutoff_layer = 0xFFFF;
-  /// Bytes that the link can move until each layer runs; empty: unknown. `horizon` alone.
+  /// Bytes that the link can move from now until each layer runs; empty: unknown. `horizon` alone.
   std::vector<std::uint64_t> budget_bytes;
+  /// Bytes that it has moved since.
+  std::uint64_t moved_bytes = 0;
   /// Probability of use under which a prefetch costs more than it saves. `horizon` alone.
   float break_even = 0.5F;
 };

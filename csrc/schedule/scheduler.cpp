@@ -9,9 +9,6 @@
 namespace spmoe {
 namespace {
 
-// Prefetches that are looked at for one that may start; those behind are worth no more.
-constexpr std::size_t start_attempts = 16;
-
 // A pass of more tokens is a prompt, which needs nearly every expert.
 constexpr std::uint32_t verified_tokens = 32;
 
@@ -222,10 +219,9 @@ bool Scheduler::may_evict(const TransferQueue::Entry& incoming, SlotIndex victim
 }
 
 std::size_t Scheduler::find_startable(FillKind at_least) {
-  std::size_t attempts = 0;
   bool looked = false;  // for a victim, which is the same for every prefetch until a slot changes
   std::optional<SlotIndex> victim;
-  for (std::size_t i = 0; i < queue_.size() && attempts < start_attempts;) {
+  for (std::size_t i = 0; i < queue_.size();) {
     const TransferQueue::Entry entry = queue_[i];
     if (entry.kind < at_least) return none;
     const auto slot = slots_.find(entry.expert);
@@ -248,7 +244,6 @@ std::size_t Scheduler::find_startable(FillKind at_least) {
       if (entry.kind == FillKind::demand) return none;
     }
     if (entry.kind == FillKind::demand) at_least = FillKind::demand;
-    ++attempts;
     ++i;
   }
   return none;
@@ -269,6 +264,7 @@ std::optional<Fill> Scheduler::next_fill(FillKind at_least) {
 void Scheduler::count_moved(SlotIndex slot, std::uint64_t bytes) {
   LayerStats& stats = stats_[slots_[slot].expert.layer];
   (fills_[slot].kind == FillKind::demand ? stats.demand_bytes : stats.prefetch_bytes) += bytes;
+  limits_.moved_bytes += bytes;
 }
 
 void Scheduler::forget_fill(SlotIndex slot) {

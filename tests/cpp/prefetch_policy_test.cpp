@@ -315,6 +315,22 @@ TEST(Horizon, the_least_likely_stands_back_when_a_deadline_cannot_be_met) {
   }
 }
 
+TEST(Horizon, what_was_moved_since_leaves_less_of_the_budget) {
+  Driven policy{"horizon"};
+  policy.limits.budget_bytes.assign(layer_count, 2 * blob_bytes);
+  policy.limits.moved_bytes = blob_bytes + 1;
+  policy.predict(0, Scores{0.6F, 0, 0, 0, 0, 0});
+  for (std::uint16_t layer = 1; layer < layer_count; ++layer) {
+    policy.predict(layer, layer == 2 ? Scores{0, 1.5F, 0, 0, 0, 0} : Scores(expert_count, 0.0F));
+  }
+  // Nothing whole fits any more, so that both stand back, in the order of layers.
+  EXPECT_EQ(policy.waiting(), (Ids{{0, 0}, {2, 1}}));
+  EXPECT_GE(policy.queue.front().order, layer_count);
+  policy.limits.moved_bytes = blob_bytes;
+  policy.predict(0, Scores{0.0F, 0, 0, 0, 0, 0});
+  EXPECT_EQ(policy.waiting(), (Ids{{2, 1}, {0, 0}}));
+}
+
 TEST(Horizon, a_budget_of_nothing_still_begins_what_is_likely) {
   Driven policy{"horizon"};
   policy.limits.budget_bytes.assign(layer_count, 0);

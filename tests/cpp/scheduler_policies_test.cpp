@@ -297,6 +297,22 @@ TEST_P(SchedulerPolicies, allocate_nothing_after_construction) {
   EXPECT_EQ(allocation_count() - before, 0u);
 }
 
+TEST(SchedulerPolicy, a_prefetch_that_is_not_worth_its_victim_holds_up_none_behind_it) {
+  constexpr std::uint16_t experts = 60;
+  Scheduler scheduler{{2, experts, 8, blob_bytes, 2}, {"horizon", "auto"}};
+  scheduler.limits().break_even = 0;
+  run(scheduler, 1, all_of(8));
+  scheduler.end_iteration();
+  scheduler.predict(0, std::vector<float>(experts, 0.02F));  // all of them wait, for an empty slot
+  EXPECT_FALSE(scheduler.next_fill());
+  std::vector<float> likely(experts, 0.0F);
+  likely.back() = 1.9F;
+  scheduler.predict(1, likely);
+  const auto fill = scheduler.next_fill();
+  ASSERT_TRUE(fill);
+  EXPECT_EQ(fill->expert, (ExpertId{1, experts - 1}));
+}
+
 INSTANTIATE_TEST_SUITE_P(all, SchedulerPolicies,
                          ::testing::Combine(::testing::ValuesIn(prefetch_policy_names()),
                                             ::testing::ValuesIn(eviction_policy_names())),
