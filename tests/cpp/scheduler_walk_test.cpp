@@ -5,6 +5,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "scheduler_driver.hpp"
@@ -22,11 +23,15 @@ class Walk {
   /// One random action. Fails the running test if an invariant is broken.
   void step() {
     if (!running_) {
-      switch (pick(8)) {
+      switch (pick(12)) {
         case 0: return end_iteration();
         case 1: return land();
-        case 2: return pick(2) == 0 ? start(FillKind::prefetch) : tell_changes();
-        case 3: return scheduler_.predict(static_cast<std::uint16_t>(pick(shape_.layer_count)), {});
+        case 2: return tell_changes();
+        case 3: return predict();
+        case 4:
+        case 5:
+        case 6:
+        case 7: return start(FillKind::prefetch);
         default: return need();
       }
     }
@@ -68,6 +73,8 @@ class Walk {
   }
 
   [[nodiscard]] std::uint64_t needs_ended() const { return needs_ended_; }
+  /// Experts that were needed while a withdrawn fill of theirs was under way.
+  [[nodiscard]] std::uint64_t needed_again() const { return needed_again_; }
 
  private:
   struct ModelSlot {
@@ -94,6 +101,8 @@ class Walk {
     // Mostly one layer after the other, as a forward pass goes.
     layer_ = static_cast<std::uint16_t>(pick(10) == 0 ? pick(shape_.layer_count)
                                                       : (layer_ + 1U) % shape_.layer_count);
+    const auto withdrawn = std::ranges::find(slots_, true, &ModelSlot::withdrawn);
+    if (withdrawn != slots_.end() && pick(2) == 0) layer_ = withdrawn->expert->layer;
     Experts experts = all_of(shape_.expert_count);
     if (pick(3) != 0) {
       std::ranges::shuffle(experts, random_);
@@ -101,6 +110,8 @@ class Walk {
     }
     running_ = true;
     broken_ = false;
+    predicted_.erase(layer_);
+    ran_.insert(layer_);
     wants_.clear();
     fills_in_need_.clear();
     std::erase_if(ahead_, [this](ExpertId id) { return id.layer == layer_; });
@@ -109,6 +120,7 @@ class Walk {
       wants_[expert] = Want::waiting;
       if (!slot || slots_[*slot].withdrawn) {
         ++misses_;
+        needed_again_ += slot ? 1 : 0;
         demands_.insert({layer_, expert});
       } else if (slots_[*slot].filling) {
         ++late_;
@@ -204,8 +216,7 @@ class Walk {
     ModelSlot& slot = slots_[landed];
     const ExpertId expert = slot.expert.value();
     const auto want = wants_.find(expert.expert);
-    const bool waited =
-        running_ && expert.layer == layer_ && want != wants_.end() && want->second == Want::waiting;
+    const bool waited = waited_for(expert);
     std::uint64_t& moved = slot.kind == FillKind::demand ? moved_demand_ : moved_prefetch_;
     const std::uint64_t part = pick(blob_bytes);
     changes_.erase(landed);
@@ -279,10 +290,31 @@ class Walk {
     running_ = broken_ = false;
   }
 
+  void predict() {
+    const auto layer = static_cast<std::uint16_t>(pick(shape_.layer_count));
+    if (!ran_.contains(layer)) predicted_.insert(layer);
+    scheduler_.predict(layer, {});
+  }
+
+  bool waited_for(ExpertId expert) const {
+    const auto want = wants_.find(expert.expert);
+    return running_ && expert.layer == layer_ && want != wants_.end() &&
+           want->second == Want::waiting;
+  }
+
   void end_iteration() {
     scheduler_.end_iteration();
     ahead_.clear();
-    for (ModelSlot& slot : slots_) slot.protect = false;
+    for (SlotIndex i = 0; i < shape_.slot_count; ++i) {
+      ModelSlot& slot = slots_[i];
+      if (!std::exchange(slot.protect, false)) continue;
+      if (!slot.filling || slot.kind != FillKind::prefetch || slot.withdrawn) continue;
+      if (!predicted_.contains(slot.expert->layer) || waited_for(*slot.expert)) continue;
+      slot.withdrawn = true;
+      changes_[i] = FillChange::To::withdrawn;
+    }
+    predicted_.clear();
+    ran_.clear();
   }
 
   SchedulerShape shape_;
@@ -292,6 +324,7 @@ class Walk {
   std::vector<SlotIndex> in_flight_;
   std::set<ExpertId> demands_;                   // not started
   std::set<ExpertId> ahead_;                     // to be read ahead, not started
+  std::set<std::uint16_t> predicted_, ran_;      // layers, in this iteration
   std::map<SlotIndex, FillChange::To> changes_;  // not told
   std::uint16_t layer_ = 0;
   bool running_ = false;
@@ -300,7 +333,8 @@ class Walk {
   std::map<std::uint16_t, Want> wants_;
   std::map<ExpertId, int> fills_in_need_;
   std::vector<ReadyExpert> expected_;
-  std::uint64_t hits_ = 0, late_ = 0, misses_ = 0, needs_ended_ = 0, cancelled_bytes_ = 0;
+  std::uint64_t hits_ = 0, late_ = 0, misses_ = 0, needs_ended_ = 0, needed_again_ = 0;
+  std::uint64_t cancelled_bytes_ = 0;
   std::uint64_t moved_demand_ = 0, moved_prefetch_ = 0, used_prefetch_ = 0;
 };
 
@@ -310,6 +344,7 @@ TEST(Scheduler, keeps_its_invariants_on_random_walks) {
                                        {4, 5, 7, blob_bytes},
                                        {2, 8, 13, blob_bytes},
                                        {3, 4, 12, blob_bytes}};
+  std::uint64_t needed_again = 0;
   for (std::uint32_t seed = 1; seed <= 40; ++seed) {
     const SchedulerShape& shape = shapes[seed % std::size(shapes)];
     SCOPED_TRACE(::testing::Message() << "seed " << seed << ", " << shape.slot_count << " slots");
@@ -322,7 +357,9 @@ TEST(Scheduler, keeps_its_invariants_on_random_walks) {
     walk.finish();
     walk.check();
     EXPECT_GT(walk.needs_ended(), 10u);
+    needed_again += walk.needed_again();
   }
+  EXPECT_GT(needed_again, 20u);
 }
 
 }  // namespace
