@@ -21,7 +21,7 @@ import click
 
 from spmoe import layer_map, recall
 from spmoe.calibration import tokenize_calibration
-from spmoe.cli import _progress
+from spmoe.cli.options import progress_bar
 from spmoe.demo import VARIANTS, ensure_pair
 from spmoe.measure_recall import LAYER_MAP, LastRow, by_token, by_verification
 from spmoe.models.experts import attach
@@ -63,7 +63,7 @@ def main(
     """Measure recall, precision and calibration of predictions."""
     if (demo is None) == (model is None) or (model is None) != (draft_model is None):
         raise click.UsageError("give either --demo, or --model and --draft-model")
-    with _progress(quiet=False) as progress:
+    with progress_bar(quiet=False) as progress:
         if demo is not None:
             pair = ensure_pair(demo, progress=progress)
             model, draft_model = str(pair.target), str(pair.draft)

@@ -146,7 +146,7 @@ def measure(
         largest = min(target.store.expert_count, small.stats(by_layer=False)["slots"])
         for at in sorted({min(batch, largest) for batch in batches}):
             samplers["copy_s", at] = probe.copies(small, at)
-        samplers["prefetch_s", 0] = probe.losses(small, work)
+        samplers["prefetch_s", 0] = probe.losses(small, target.experts_per_token, work)
         samples: dict[tuple[str, int], list[float]] = {key: [] for key in samplers}
         for number in range(repeats + 1):
             for key, sampler in samplers.items():

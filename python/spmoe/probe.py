@@ -70,20 +70,21 @@ def copies(runtime: Runtime, batch: int) -> Iterator[float]:
         runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
         after = runtime.stats(by_layer=False)
         moved = (after["link_bytes"] - before["link_bytes"]) / store.blob_bytes
-        if moved:  # what was resident took no time
-            yield (after["link_busy_s"] - before["link_busy_s"]) * batch / moved
+        busy_s = after["link_busy_s"] - before["link_busy_s"]
+        yield busy_s * batch / moved if moved else 0.0  # what is resident takes no time
 
 
-def losses(runtime: Runtime, work: Callable[[], object]) -> Iterator[float]:
+def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object]) -> Iterator[float]:
     """Yield seconds that an expert which arrives meanwhile takes from compute.
 
     Args:
         runtime: Of the policy "sp-moe", with fewer slots than the model has experts.
+        experts_per_token: The model's top-k.
         work: Some compute, always the same.
     """
     store = runtime.store
-    k = min(store.expert_count, 2)
-    tour = _tour(runtime, k)
+    tour = _tour(runtime, experts_per_token)
+    rounds = runtime.stats(by_layer=False)["slots"] // experts_per_token
     start = time.perf_counter()
     work()
     times = max(1, round(_MIN_WORK_S / (time.perf_counter() - start)))
@@ -98,15 +99,14 @@ def losses(runtime: Runtime, work: Callable[[], object]) -> Iterator[float]:
         alone = seconds()
         before = runtime.stats(by_layer=False)["link_bytes"]
         runtime.end_iteration()
-        for layer, experts in itertools.islice(tour, runtime.stats(by_layer=False)["slots"] // k):
+        for layer, experts in itertools.islice(tour, rounds):
             scores = torch.zeros(store.expert_count)
             scores[list(experts)] = 2.0  # selected
             runtime.predict(layer, scores)
         beside = seconds()
         moved = (runtime.stats(by_layer=False)["link_bytes"] - before) / store.blob_bytes
         _settle(runtime)
-        if moved:
-            yield max(0.0, beside - alone) / moved
+        yield max(0.0, beside - alone) / moved if moved else 0.0
 
 
 def _tour(runtime: Runtime, batch: int) -> Iterator[tuple[int, list[int]]]:

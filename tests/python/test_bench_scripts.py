@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from spmoe import cli
+
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
 
 
@@ -29,10 +31,8 @@ STATES = ["residual", "mlp-input", "attention"]
     ],
 )
 def test_predictor_recall(
-    options: list[object], sources: list[str], target_path: Path, tmp_path: Path
+    options: list[object], sources: list[str], target_path: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("Once upon a time\nthere was a disk\n")
     models = ["--model", target_path, "--draft-model", target_path]
     files = ["--md", tmp_path / "out.md", "--json", tmp_path / "out.json"]
     printed = run("predictor_recall.py", *models, "--prompts", prompts, "-n", 8, *options, *files)
@@ -48,6 +48,39 @@ def test_predictor_recall(
     assert found["overall"]["needed"] == 16 * 3 * 3
     # The draft is the target: its own states are always right, a map's nearly.
     assert (found["overall"]["at_k"] == 1) == (sources[0] == "residual")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once upon a time\nthere was a disk\n")
+    return file
+
+
+def test_cutoff_sweep(target_path: Path, prompts: Path, tmp_path: Path) -> None:
+    models = [target_path, "--draft-model", target_path, "--expert-memory", "50%"]
+    files = ["--md", tmp_path / "sweep.md", "--plot", tmp_path / "sweep.svg"]
+    options = ["--step", 2, "--repeats", 1, "-n", 8, "--prompts", prompts]
+    printed = run("cutoff_sweep.py", *models, *options, *files)
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert rows[2:5] == ["0", "2", "3"]  # every second layer, and all of them
+    assert rows[5].startswith("chosen: ")
+    assert (tmp_path / "sweep.md").read_text().endswith(printed)
+    assert "<svg" in (tmp_path / "sweep.svg").read_text()
+
+
+def test_draw_timeline(target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, picture = tmp_path / "trace.json", tmp_path / "picture.svg"
+    models = [str(target_path), "--draft-model", str(target_path), "--expert-memory", "50%"]
+    arguments = ["generate", *models, "-p", "Hello", "-n", "16", "--quiet", "--trace", str(trace)]
+    monkeypatch.setattr(sys, "argv", ["spmoe", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    run("draw_timeline.py", trace, picture, "--iteration", 1)
+    drawn = picture.read_text()
+    for text in ("draft", "verify", "link: prefetch", "tokens", "accepted"):
+        assert f"<!-- {text}" in drawn or text in drawn
+    assert "<svg" in drawn
 
 
 def test_every_script_is_run_here() -> None:

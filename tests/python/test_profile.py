@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import cli, measure
+from spmoe import cli, measure, probe
 from spmoe.errors import InvalidArgument
 from spmoe.measure import make_profile
+from spmoe.models.loading import load_target
 from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
 
 
@@ -49,6 +50,16 @@ def test_a_paced_link_is_measured_as_slow_as_it_is(target_path: Path) -> None:
     paced = make_profile(target_path, None, repeats=2, link_gbps=gbps).costs
     assert paced.draft_s == 0
     assert paced.copy_s[8] >= 8 * paced.expert_bytes / (gbps * 1e9) * 0.95
+
+
+def test_experts_that_are_all_resident_take_no_time(target_path: Path) -> None:
+    target = load_target(target_path)
+    with target.open_runtime(expert_memory="100%", policy="sp-moe") as runtime:
+        copies = probe.copies(runtime, 2)
+        losses = probe.losses(runtime, 1, lambda: None)
+        everything = runtime.store.layer_count * runtime.store.expert_count
+        assert [next(copies) for _ in range(everything)][-1] == 0.0
+        assert next(losses) == 0.0
 
 
 def test_a_kept_profile_is_found(made: Profile) -> None:
