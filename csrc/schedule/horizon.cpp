@@ -40,12 +40,18 @@ class Horizon final : public PrefetchPolicy {
 
   bool admits(const Admission& admission) const override {
     const UseForecast& forecast = view_.forecast;
-    if (forecast.probability(admission.incoming) < limits_.break_even) return false;
-    const float incoming = forecast.value(admission.incoming, next_layer_);
+    const float probability = forecast.probability(admission.incoming);
+    if (probability < limits_.break_even) return false;
     const float victim = forecast.value(admission.victim, next_layer_);
-    // An idle link is lost for good, so a fill now saves one later, as often as it is right; what
-    // it costs is the victim's fill, as often as the victim would have been used again.
-    return incoming > victim + swap_gain;
+    if (forecast.ran(admission.victim.layer)) {
+      // The demand that the prefetch stands in for would take the same slot: the victim is lost
+      // for nothing only if the prefetch is wrong.
+      return probability - (1 - probability) * victim > swap_gain;
+    }
+    // The victim may be needed in this very pass. An idle link is lost for good, so a fill now saves
+    // one later, as often as it is right; what it costs is the victim's fill, as often as the
+    // victim would have been used.
+    return forecast.value(admission.incoming, next_layer_) > victim + swap_gain;
   }
 
   /// What would be admitted in the place of an expert without value, which is what an empty slot

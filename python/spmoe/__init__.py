@@ -6,9 +6,11 @@ SP-MoE (arXiv:2510.10302) and beyond: see README.md and docs/design.md.
 import os
 from importlib.metadata import version
 
-# Spinning threads of torch's OpenMP would take the cores from the copy threads. Read by torch as it
-# is loaded, so a program that imports torch before spmoe has to set them itself.
+# Threads of torch's OpenMP that spin for long take the cores from the copy threads, and ones that
+# sleep at once are slow to wake: a short spin does neither. Read by torch as it is loaded, so a
+# program that imports torch before spmoe has to set them itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 from spmoe.engine import Engine, load

@@ -17,7 +17,7 @@ class Costs:
         copy_s: Experts in a batch -> the whole batch from store to slots, seconds.
         expert_bytes: One expert.
         prefetch_s: Compute time lost to an expert that arrives meanwhile, seconds: copying takes
-            processor and memory from it. 0 where copies cost compute nothing.
+            processor and memory from it. 0 where it does not.
     """
 
     draft_s: float

@@ -90,17 +90,17 @@ def cutoff_layer(
     return len(due)
 
 
-def break_even(costs: Costs) -> float:
+def break_even(*, prefetch_s: float, wait_s: float) -> float:
     """Return the probability of use from which a prefetch pays.
 
-    A prefetch that is used saves the wait for a demand; used or not, it slows what is computed
-    meanwhile. It pays from where ``p * copy_s >= prefetch_s``; at 1 none does.
+    A prefetch that is used saves what compute would wait for a demand; used or not, it slows what
+    is computed meanwhile. It pays from where ``p * wait_s >= prefetch_s``; at 1 none does.
 
     Args:
-        costs: Of this machine.
+        prefetch_s: Compute time lost to an expert that arrives meanwhile, seconds.
+        wait_s: Time that compute waits for an expert that it has to demand, seconds.
 
     Returns:
         A probability in [0, 1].
     """
-    copy_s = costs.expert_copy_s()
-    return 1.0 if copy_s <= costs.prefetch_s else costs.prefetch_s / copy_s
+    return 1.0 if wait_s <= prefetch_s else prefetch_s / wait_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from spmoe.models.loading import (
 )
 from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.pairing import check_pairing
-from spmoe.planner import COUNTERS, PLANNED, Planner, Shape
+from spmoe.planner import COUNTERS, PLANNED, Limits, Planner, Shape
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, silent
 from spmoe.request import Generation, Request
@@ -85,7 +86,7 @@ class Engine(Closeable):
         self.layer_map = layer_map
         self.last: Metrics | None = None  # figures of the last request
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
-        self._read_last = False
+        self._limits: Limits | None = None  # of the running iteration
         self._covered_rows = 0  # of the running verification, which the draft predicted for
         self._hooks = ExitStack()
         attach(target, runtime)
@@ -138,7 +139,7 @@ class Engine(Closeable):
             draft_length=choose,
             max_length=min(len(tokens) + max_new_tokens, self.context_length),
             worth_another=adaptive.worth_another if adaptive is not None else None,
-            read_last=lambda: self._read_last,
+            read_last=self._reads_last,
         ):
             self.runtime.end_iteration(iteration.accepted)
             prefill = counters is None
@@ -154,9 +155,11 @@ class Engine(Closeable):
         if self.planner is None:
             return
         limits = self.planner.limits(draft_length)
-        self._read_last = limits.read_last
+        if self.cutoff_layer is not None:
+            limits = replace(limits, cutoff_layer=self.cutoff_layer)
+        self._limits = limits
         self.runtime.set_limits(
-            cutoff_layer=limits.cutoff_layer if self.cutoff_layer is None else self.cutoff_layer,
+            cutoff_layer=limits.cutoff_layer,
             budget_bytes=limits.budget_bytes,
             break_even=limits.break_even,
         )
@@ -168,7 +171,7 @@ class Engine(Closeable):
         after = self.runtime.stats(by_layer=False)
         if self.planner is not None and before is not None:
             grown = {name: after[name] - before[name] for name in COUNTERS}
-            self.planner.observe(iteration, grown, read_last=self._read_last)
+            self.planner.observe(iteration, grown, read_last=self._reads_last())
         return after
 
     def _watch(self) -> None:
@@ -191,6 +194,7 @@ class Engine(Closeable):
                         self.draft,
                         self._tell_draft,
                         layer_map=self.layer_map if mismatch else None,
+                        wanted=self._predicts,
                     )
                 )
         if "target" in sources:
@@ -200,9 +204,19 @@ class Engine(Closeable):
 
             self._hooks.enter_context(
                 predictor.target_predictions(
-                    self.target, tell, first_row=lambda: self._covered_rows
+                    self.target,
+                    tell,
+                    first_row=lambda: self._covered_rows,
+                    wanted=self._predicts,
                 )
             )
+
+    def _reads_last(self) -> bool:
+        return self._limits is not None and self._limits.read_last
+
+    def _predicts(self, layer: int) -> bool:
+        """Whether the policy would do anything about a prediction for ``layer``."""
+        return self._limits is None or self._limits.uses_prediction(self.runtime.policy, layer)
 
     def _tell_draft(self, layer: int, scores: torch.Tensor) -> None:
         if layer == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -93,7 +94,7 @@ def estimate(
         draft,
         tokens,
         expert_memory=expert_memory,
-        repeats=3,
+        repeats=7,
         rows=(),
         batches=(8,),
         **options,
@@ -154,6 +155,8 @@ def measure(
             report("measuring costs", number, repeats)
     # The first round prepares: pages are touched, kernels chosen.
     medians = {key: statistics.median(values[1:]) for key, values in samples.items()}
+    # A prefetch that does not pay is worse than none, and this difference is the noisiest sample.
+    medians["prefetch_s", 0] += _standard_error(samples["prefetch_s", 0][1:])
     by_name: dict[str, dict[int, float]] = {"layer_s": {}, "copy_s": {}}
     for (name, at), seconds in medians.items():
         by_name.setdefault(name, {})[at] = seconds
@@ -199,6 +202,12 @@ def _read_head(target: TargetModel) -> Any:
     head = model.get_output_embeddings()
     state = torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype)
     return lambda: torch.nn.functional.linear(state, head.weight)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Return that of the median, from the interquartile range."""
+    first, _, third = statistics.quantiles(values, n=4)
+    return (third - first) / math.sqrt(len(values))
 
 
 def _spread(values: Sequence[float]) -> float:

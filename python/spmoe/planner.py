@@ -12,7 +12,7 @@ from spmoe.draft_length import Measured
 PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
 
 # Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
-COUNTERS = ("link_bytes", "stall_s", "predicted_needs", "recalled")
+COUNTERS = ("link_bytes", "stall_s", "misses", "late", "predicted_needs", "recalled")
 
 _NEWEST = 0.2  # weight of the newest iteration in what is learnt
 _MAX_ROWS = 32  # a pass of more tokens is a prompt
@@ -51,6 +51,10 @@ class Limits:
     break_even: float
     read_last: bool
 
+    def uses_prediction(self, policy: str, layer: int) -> bool:
+        """Whether one of `PLANNED` policies would do anything about a prediction for a layer."""
+        return layer < self.cutoff_layer if policy == "sp-moe" else self.break_even < 1
+
 
 class Planner:
     """Sets the limits of each iteration; times of compute follow what iterations really take.
@@ -61,6 +65,7 @@ class Planner:
     def __init__(self, costs: Costs, shape: Shape) -> None:
         self.costs = costs
         self.shape = shape
+        self._wait_s: float | None = None  # for an expert that was not there
         self._fills: float | None = None  # of a layer in an iteration
         self._recall: dict[bool, float] = {}  # by whether the draft read its last token
         self._measured_rows: set[int] = set()
@@ -75,6 +80,8 @@ class Planner:
             layer_count=self.shape.layers,
         )
         fills = self._fills_at(draft_length)
+        # Experts that land while others are computed are waited for less than they take.
+        wait_s = self.costs.expert_copy_s() if self._wait_s is None else self._wait_s
         return Limits(
             cutoff_layer=cutoff_layer(
                 due,
@@ -83,7 +90,7 @@ class Planner:
                 free_bytes=self.shape.memory_bytes,
             ),
             budget_bytes=byte_budget(due, self.costs),
-            break_even=break_even(self.costs),
+            break_even=break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s),
             read_last=read_last,
         )
 
@@ -108,6 +115,8 @@ class Planner:
         self.costs = replace(self.costs, draft_s=draft_s, layer_s=layer_s)
         fills = grown["link_bytes"] / self.costs.expert_bytes / self.shape.layers
         self._fills = _blend(self._fills, fills)
+        if waits := grown["misses"] + grown["late"]:
+            self._wait_s = _blend(self._wait_s, grown["stall_s"] / waits)
         if grown["predicted_needs"]:
             recall = grown["recalled"] / grown["predicted_needs"]
             self._recall[read_last] = _blend(self._recall.get(read_last), recall)

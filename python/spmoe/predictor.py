@@ -35,6 +35,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 }
 
 Report = Callable[[int, torch.Tensor], None]  # MoE layer, scores [experts]
+Wanted = Callable[[int], bool]  # MoE layer -> whether a prediction for it is of any use now
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ def draft_predictions(
     *,
     state: str = STATES[0],
     layer_map: LayerMap | None = None,
+    wanted: Wanted = lambda _: True,
 ) -> Iterator[None]:
     """Report predictions for the target while ``draft`` runs, of the last token that it reads.
 
@@ -155,6 +157,7 @@ def draft_predictions(
         state: "residual" (the stream after attention, through the target's norm), "mlp-input"
             (after the draft's own norm) or "attention" (attention's output alone).
         layer_map: Stands for the target's routers. It reads the one state that it was fitted on.
+        wanted: Asked before a layer's scores are computed; what is not wanted is not reported.
 
     Raises:
         InvalidArgument: The models differ in depth or width and there is no map, the map does not
@@ -167,7 +170,8 @@ def draft_predictions(
             def tell(
                 captured: torch.Tensor, ordinal: int = ordinal, reader: DraftReader = reader
             ) -> None:
-                report(ordinal, reader.scores(captured[-1:])[0])
+                if wanted(ordinal):
+                    report(ordinal, reader.scores(captured[-1:])[0])
 
             watch_state(hooks, reader.layer, reader.state, tell)
         yield
@@ -180,6 +184,7 @@ def target_predictions(
     *,
     ahead: int = 1,
     first_row: Callable[[], int] = lambda: 0,
+    wanted: Wanted = lambda _: True,
 ) -> Iterator[None]:
     """Report predictions for the next layers while the target runs a few tokens.
 
@@ -188,6 +193,7 @@ def target_predictions(
         report: Called with a MoE layer and its scores.
         ahead: How many layers ahead, from 1 to 3.
         first_row: Called in each layer: rows before it are left out.
+        wanted: As for `draft_predictions`.
     """
     found, blocks = routers(target), decoder_layers(target.model)
     with ExitStack() as hooks:
@@ -197,7 +203,7 @@ def target_predictions(
             def tell(rows: torch.Tensor, nexts: range = nexts) -> None:
                 if len(rows) > MAX_ROWS or first_row() >= len(rows):
                     return
-                for later in nexts:
+                for later in filter(wanted, nexts):
                     scores = found[later].scores(rows[first_row() :], normed=False)
                     report(later, scores.sum(dim=0))
 

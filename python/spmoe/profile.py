@@ -83,7 +83,7 @@ class Profile:
     """Costs and how far their samples lie apart.
 
     Attributes:
-        costs: Medians.
+        costs: Medians; what copies take from compute is one standard error more.
         spread: Name of a cost -> interquartile range of its samples over their median.
         fingerprint: What they hold for.
         layer_map: Of a draft of another depth or width than the target; it holds for the pair.

@@ -173,17 +173,19 @@ class TestCutoffLayer:
 
 class TestBreakEven:
     @pytest.mark.parametrize(
-        ("prefetch_s", "copy_s", "expected"),
-        [(0.0, 0.001, 0.0), (0.00025, 0.001, 0.25), (0.001, 0.001, 1.0), (0.003, 0.001, 1.0)],
+        ("prefetch_s", "wait_s", "expected"),
+        [
+            (0.0, 0.001, 0.0),
+            (0.00025, 0.001, 0.25),
+            (0.001, 0.001, 1.0),
+            (0.003, 0.001, 1.0),
+            (0.0, 0.0, 1.0),  # nothing is waited for
+        ],
     )
     def test_it_is_what_a_prefetch_takes_of_what_it_saves(
-        self, prefetch_s: float, copy_s: float, expected: float
+        self, prefetch_s: float, wait_s: float, expected: float
     ) -> None:
-        measured = costs(prefetch_s=prefetch_s, copy_s={8: 8 * copy_s})
-        assert break_even(measured) == pytest.approx(expected)
-
-    def test_on_a_free_link_nothing_has_to_be_prefetched(self) -> None:
-        assert break_even(costs(copy_s={8: 0.0})) == 1.0
+        assert break_even(prefetch_s=prefetch_s, wait_s=wait_s) == pytest.approx(expected)
 
 
 class TestMonotone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -29,8 +29,12 @@ def planner(*, memory_bytes: int = 40 * 16 * MIB, layers: int = 10) -> Planner:
     return Planner(COSTS, Shape(layers, 8, 2, memory_bytes))
 
 
-def grown(fills: float = 0, *, stall_s: float = 0.0, needs: int = 0, recalled: int = 0) -> dict:
+def grown(
+    fills: float = 0, *, stall_s: float = 0.0, waits: int = 0, needs: int = 0, recalled: int = 0
+) -> dict:
     return {
+        "misses": waits // 2,
+        "late": waits - waits // 2,
         "link_bytes": fills * 16 * MIB,
         "stall_s": stall_s,
         "predicted_needs": needs,
@@ -68,6 +72,25 @@ def test_before_any_iteration_fills_are_those_of_uniform_routing() -> None:
 
 def test_it_breaks_even_where_what_a_prefetch_takes_is_what_it_saves() -> None:
     assert planner().limits(4).break_even == pytest.approx(0.3)
+
+
+def test_what_is_hardly_waited_for_is_not_worth_prefetching() -> None:
+    it = planner()
+    it.observe(Iteration(), grown(waits=10, stall_s=0.006), read_last=False)
+    assert it.limits(4).break_even == pytest.approx(0.5)  # 0.6 ms each
+    for _ in range(30):
+        it.observe(Iteration(), grown(waits=10, stall_s=0.002), read_last=False)
+    assert it.limits(4).break_even == 1
+
+
+def test_predictions_are_of_use_where_something_may_be_prefetched() -> None:
+    limits = planner(memory_bytes=10 * 16 * MIB).limits(4)
+    assert limits.cutoff_layer == 1
+    assert [limits.uses_prediction("sp-moe", layer) for layer in (0, 1)] == [True, False]
+    assert limits.uses_prediction("horizon", 9)
+    never = Planner(replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)
+    assert never.break_even == 1
+    assert not never.uses_prediction("horizon", 0)
 
 
 def test_compute_follows_what_was_measured_without_the_waits() -> None:
