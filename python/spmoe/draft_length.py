@@ -1,8 +1,8 @@
 """How far to draft, 0 included: chosen before each iteration from what the last ones cost.
 
 An iteration that drafts ``g`` tokens writes ``A(g)`` of them and takes ``g`` draft steps and a
-verification of ``g + 1`` rows; the best ``g`` has the least time a token. What speculation saves
-or costs on the link is in the measured times of the verifications.
+verification of ``g + 1`` rows; the best ``g`` has the least time a token. What a verification costs
+is what the model of the planner expects, compute and predicted misses, until it was measured often.
 
 Source: Leviathan et al., arXiv:2211.17192, section 3.4, for A(g); the costs and the tests are ours.
 """
@@ -10,10 +10,11 @@ Source: Leviathan et al., arXiv:2211.17192, section 3.4, for A(g); the costs and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from spmoe.costs import interpolate
+_TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
 
 
 class Measured(Protocol):
@@ -58,17 +59,20 @@ class DraftLength:
     a test has to wait while it would take the sum past `test_share` of all time.
 
     Attributes:
+        expected_s: Rows -> seconds that a verification of so many is expected to take.
+        draft_s: Expected seconds of a draft step.
         longest: Largest length to choose.
         test_share: Share of all time that tests may lose, against the best length known.
     """
 
+    expected_s: Callable[[int], float]
+    draft_s: float
     longest: int = 8
     test_share: float = 0.02
 
     _verify_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds, newest weigh most
     _times: dict[int, int] = field(default_factory=dict)  # rows -> how often they were measured
     _tried: dict[int, int] = field(default_factory=dict)  # length -> when it was chosen last
-    _draft_s: float | None = None  # a draft step
     _offered: float = 2.0  # drafted tokens that were judged, and accepted; fading
     _accepted: float = 1.6
     _total_s: float = 0.0
@@ -82,17 +86,13 @@ class DraftLength:
         return min(self._accepted / self._offered, 0.999)
 
     def seconds_per_token(self, draft_length: int) -> float:
-        """Return what a token is expected to cost at this length; needs an iteration of any."""
-        seconds = draft_length * (self._draft_s or 0.0) + self._verify_at(draft_length + 1)
+        """Return what a token is expected to cost at this length."""
+        seconds = draft_length * self.draft_s + self._verify_at(draft_length + 1)
         return seconds / tokens_per_iteration(self.acceptance, draft_length)
 
     def choose(self) -> int:
         """Return how many tokens to draft in the next iteration."""
         self._testing = False
-        if self._draft_s is None:
-            return min(4, self.longest)
-        if 1 not in self._verify_s:
-            return 0
         best = self._best()
         usual = self.seconds_per_token(best)
 
@@ -100,7 +100,7 @@ class DraftLength:
             loss = max(self.seconds_per_token(length) - usual, 0.02 * usual)  # none is for nothing
             return loss * tokens_per_iteration(self.acceptance, length)
 
-        others = [length for length in range(self.longest + 1) if length != best]
+        others = [length for length in range(self.longest + 1) if length != best] or [best]
         test = max(others, key=lambda g: (self._count - self._tried.get(g, 0)) / price(g))
         self._testing = self._test_loss_s + price(test) <= self.test_share * self._total_s
         chosen = test if self._testing else best
@@ -128,7 +128,7 @@ class DraftLength:
             self._accepted *= 0.97
         if drafted:
             step = iteration.draft_s / max(iteration.draft_steps, 1)
-            self._draft_s = _blend(self._draft_s, step, 0.2)
+            self.draft_s = _blend(self.draft_s, step, 0.2)
             judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
             self._offered += judged
             self._accepted += iteration.accepted
@@ -142,18 +142,20 @@ class DraftLength:
         Args:
             probability: That it and all before it are accepted, by the draft's own account.
         """
-        if self._draft_s is None or 1 not in self._verify_s:
-            return True
         best = self._best()
         deep = max(best, 2)
         row_s = max(0.0, (self._verify_at(deep + 1) - self._verify_at(2)) / (deep - 1))
-        return probability * self.seconds_per_token(best) > self._draft_s + row_s
+        return probability * self.seconds_per_token(best) > self.draft_s + row_s
 
     def _best(self) -> int:
         return min(range(self.longest + 1), key=self.seconds_per_token)
 
     def _verify_at(self, rows: int) -> float:
-        return interpolate(self._verify_s, rows)
+        expected = self.expected_s(rows)
+        times = self._times.get(rows, 0)
+        if not times:
+            return expected
+        return _blend(expected, self._verify_s[rows], times / (times + _TRUSTED_TIMES))
 
 
 def _blend(old: float | None, new: float, share: float) -> float:

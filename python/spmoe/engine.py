@@ -123,7 +123,14 @@ class Engine(Closeable):
         drafter = None
         if self.draft is not None and draft_length != 0:
             drafter = CachedCausalLM(self.draft)
-        adaptive = DraftLength() if draft_length == "auto" and drafter is not None else None
+        adaptive = None
+        if draft_length == "auto" and drafter is not None:
+            if self.planner is None:
+                raise InvalidArgument(
+                    'draft_length "auto" needs the costs of this machine: use spmoe.load, or give '
+                    "the engine costs"
+                )
+            adaptive = DraftLength(self.planner.verify_s, self.planner.costs.draft_s)
 
         def choose() -> int:
             length = adaptive.choose() if adaptive is not None else int(draft_length or 0)
@@ -322,7 +329,7 @@ def load(
         drafter = load_draft(draft)
         check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
     costs = layer_map = None
-    if policy in PLANNED:
+    if policy in PLANNED or draft_length == "auto":
         fingerprint = Fingerprint.of(
             target, draft, dtype=chosen, device=device, link_gbps=link_gbps
         )

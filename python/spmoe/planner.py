@@ -66,7 +66,8 @@ class Planner:
         self.costs = costs
         self.shape = shape
         self._wait_s: float | None = None  # for an expert that was not there
-        self._fills: float | None = None  # of a layer in an iteration
+        self._stall_s: float | None = None  # for each expert that was filled
+        self._fill_share: float | None = None  # fills of the experts that uniform routing needs
         self._recall: dict[bool, float] = {}  # by whether the draft read its last token
         self._measured_rows: set[int] = set()
 
@@ -79,13 +80,12 @@ class Planner:
             rows=draft_length + 1,
             layer_count=self.shape.layers,
         )
-        fills = self._fills_at(draft_length)
         # Experts that land while others are computed are waited for less than they take.
         wait_s = self.costs.expert_copy_s() if self._wait_s is None else self._wait_s
         return Limits(
             cutoff_layer=cutoff_layer(
                 due,
-                [fills] * self.shape.layers,
+                [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
                 self.costs,
                 free_bytes=self.shape.memory_bytes,
             ),
@@ -105,31 +105,58 @@ class Planner:
         rows = iteration.drafted + 1
         if rows > _MAX_ROWS:
             return
-        layer_s = {at: self.costs.layer_s[at] for at in self._measured_rows}
         compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
-        layer_s[rows] = _blend(layer_s.get(rows), compute_s)
-        self._measured_rows.add(rows)
+        self.costs = replace(self.costs, layer_s=self._with_layer(rows, compute_s))
         draft_s = self.costs.draft_s
         if iteration.draft_steps:
             draft_s = _blend(draft_s or None, iteration.draft_s / iteration.draft_steps)
-        self.costs = replace(self.costs, draft_s=draft_s, layer_s=layer_s)
-        fills = grown["link_bytes"] / self.costs.expert_bytes / self.shape.layers
-        self._fills = _blend(self._fills, fills)
+        self.costs = replace(self.costs, draft_s=draft_s)
+        fills = grown["link_bytes"] / self.costs.expert_bytes
+        self._fill_share = _blend(self._fill_share, fills / self._needs(rows))
+        if fills >= 1:
+            self._stall_s = _blend(self._stall_s, grown["stall_s"] / fills)
         if waits := grown["misses"] + grown["late"]:
             self._wait_s = _blend(self._wait_s, grown["stall_s"] / waits)
         if grown["predicted_needs"]:
             recall = grown["recalled"] / grown["predicted_needs"]
             self._recall[read_last] = _blend(self._recall.get(read_last), recall)
 
-    def _fills_at(self, draft_length: int) -> float:
-        """Return how many fills a layer is expected to need in an iteration."""
-        if self._fills is not None:
-            return self._fills
+    def verify_s(self, rows: int) -> float:
+        """Return how long a verification of ``rows`` tokens is expected to take, seconds.
+
+        Compute with everything resident, and what the fills that it needs make it wait, as they
+        did of late: facts of this model, this memory and this policy.
+        """
+        stall_s = self.costs.expert_copy_s() if self._stall_s is None else self._stall_s
+        return self.shape.layers * self.costs.layer_at(rows) + stall_s * self._fills(rows)
+
+    def _with_layer(self, rows: int, compute_s: float) -> dict[int, float]:
+        """Return `Costs.layer_s` with another sample at ``rows``.
+
+        What was not measured by iterations yet moves in proportion.
+        """
+        expected = self.costs.layer_at(rows)
+        newest = _blend(expected if rows in self._measured_rows else None, compute_s)
+        ratio = newest / expected if expected > 0 else 1.0
+        self._measured_rows.add(rows)
+        return {
+            at: seconds if at in self._measured_rows else seconds * ratio
+            for at, seconds in self.costs.layer_s.items()
+        } | {rows: newest}
+
+    def _needs(self, rows: int) -> float:
+        """Return experts that ``rows`` tokens would need in all layers, were routing uniform."""
         shape = self.shape
-        unused = (1 - shape.experts_per_token / shape.experts) ** (draft_length + 1)
-        total_bytes = shape.layers * shape.experts * self.costs.expert_bytes
-        missing = max(0.0, 1 - shape.memory_bytes / total_bytes)
-        return shape.experts * (1 - unused) * missing
+        unused = (1 - shape.experts_per_token / shape.experts) ** rows
+        return shape.layers * shape.experts * (1 - unused)
+
+    def _fills(self, rows: int) -> float:
+        """Return how many fills an iteration of ``rows`` rows is expected to need."""
+        share = self._fill_share
+        if share is None:
+            everything = self.shape.layers * self.shape.experts * self.costs.expert_bytes
+            share = max(0.0, 1 - self.shape.memory_bytes / everything)
+        return share * self._needs(rows)
 
     def _last_token_pays(self, draft_length: int) -> bool:
         """Whether what the draft's last token adds to recall saves more than a draft step.
@@ -139,8 +166,9 @@ class Planner:
         if False not in self._recall:
             return False
         gain = self._recall.get(True, 1.0) - self._recall[False]
-        fills = self._fills_at(draft_length) * self.shape.layers
-        return gain * fills * self.costs.expert_copy_s() > self.costs.draft_s
+        return (
+            gain * self._fills(draft_length + 1) * self.costs.expert_copy_s() > self.costs.draft_s
+        )
 
 
 def _blend(old: float | None, new: float) -> float:

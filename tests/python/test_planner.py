@@ -117,6 +117,25 @@ def test_a_prompt_teaches_nothing() -> None:
     assert it.costs == COSTS
 
 
+class TestVerification:
+    def test_before_any_iteration_every_fill_is_waited_for(self) -> None:
+        # Five rows use 6.1 of 8 experts, of which half are missing: 30.5 fills of 1 ms in all.
+        assert planner().verify_s(5) == pytest.approx(10 * 0.005 + 0.0305, rel=1e-3)
+
+    def test_then_it_follows_fills_and_waits_of_late(self) -> None:
+        it = planner()
+        it.observe(Iteration(verify_s=0.070), grown(fills=61, stall_s=0.0305), read_last=False)
+        assert it.verify_s(5) == pytest.approx(0.070)
+        # One row needs 2 of the 6.1, and compute is the same as of five until it is measured.
+        plain = it.verify_s(1)
+        assert plain == pytest.approx(0.0395 + 0.0305 * 2 / 6.1, rel=1e-3)
+
+    def test_other_rows_follow_the_measured_ones_in_proportion(self) -> None:
+        it = Planner(replace(COSTS, layer_s={1: 0.004, 5: 0.008}), Shape(10, 8, 2, 40 * 16 * MIB))
+        it.observe(Iteration(verify_s=0.160), grown(), read_last=False)
+        assert it.costs.layer_at(1) == pytest.approx(0.008)
+
+
 class TestReadingTheLastToken:
     def test_it_is_not_tried_before_recall_without_it_is_known(self) -> None:
         assert not planner().limits(4).read_last
