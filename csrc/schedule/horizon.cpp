@@ -48,8 +48,8 @@ class Horizon final : public PrefetchPolicy {
       // for nothing only if the prefetch is wrong.
       return probability - (1 - probability) * victim > swap_gain;
     }
-    // The victim may be needed in this very pass. An idle link is lost for good, so a fill now saves
-    // one later, as often as it is right; what it costs is the victim's fill, as often as the
+    // The victim may be needed in this very pass. An idle link is lost for good, so a fill now
+    // saves one later, as often as it is right; what it costs is the victim's fill, as often as the
     // victim would have been used.
     return forecast.value(admission.incoming, next_layer_) > victim + swap_gain;
   }

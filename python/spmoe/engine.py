@@ -127,8 +127,8 @@ class Engine(Closeable):
         if draft_length == "auto" and drafter is not None:
             if self.planner is None:
                 raise InvalidArgument(
-                    'draft_length "auto" needs the costs of this machine: use spmoe.load, or give '
-                    "the engine costs"
+                    'draft_length "auto" needs the costs of this machine, which were not measured: '
+                    'give draft_length="auto" to spmoe.load'
                 )
             adaptive = DraftLength(self.planner.verify_s, self.planner.costs.draft_s)
 
