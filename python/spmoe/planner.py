@@ -52,8 +52,10 @@ class Limits:
     read_last: bool
 
     def uses_prediction(self, policy: str, layer: int) -> bool:
-        """Whether one of `PLANNED` policies would do anything about a prediction for a layer."""
-        return layer < self.cutoff_layer if policy == "sp-moe" else self.break_even < 1
+        """Whether a policy would do anything about a prediction for a layer."""
+        if policy == "sp-moe":
+            return layer < self.cutoff_layer
+        return policy != "horizon" or self.break_even < 1
 
 
 class Planner:

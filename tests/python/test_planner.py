@@ -91,6 +91,7 @@ def test_predictions_are_of_use_where_something_may_be_prefetched() -> None:
     never = Planner(replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)
     assert never.break_even == 1
     assert not never.uses_prediction("horizon", 0)
+    assert never.uses_prediction("next-gate", 0)  # which knows no limits
 
 
 def test_compute_follows_what_was_measured_without_the_waits() -> None:
