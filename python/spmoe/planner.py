@@ -14,6 +14,12 @@ PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
 # Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
 COUNTERS = ("link_bytes", "stall_s", "misses", "late", "predicted_needs", "recalled")
 
+# A demand may wait for less than its copy takes, since it lands while others are computed. Where a
+# prefetch takes more than this share of a copy from compute, it is tried what demands wait for: in
+# the first iteration, and in every so many.
+_DOUBTFUL_SHARE = 0.25
+_TRIAL_EVERY = 32
+
 _NEWEST = 0.2  # weight of the newest iteration in what is learnt
 _MAX_ROWS = 32  # a pass of more tokens is a prompt
 
@@ -67,7 +73,11 @@ class Planner:
     def __init__(self, costs: Costs, shape: Shape) -> None:
         self.costs = costs
         self.shape = shape
-        self._wait_s: float | None = None  # for an expert that was not there
+        self._wait_s: float | None = (
+            None  # for an expert that had to be demanded, nothing prefetched
+        )
+        self._iterations = 0
+        self._on_trial = False
         self._stall_s: float | None = None  # for each expert that was filled
         self._fill_share: float | None = None  # fills of the experts that uniform routing needs
         self._recall: dict[bool, float] = {}  # by whether the draft read its last token
@@ -82,8 +92,10 @@ class Planner:
             rows=draft_length + 1,
             layer_count=self.shape.layers,
         )
-        # Experts that land while others are computed are waited for less than they take.
-        wait_s = self.costs.expert_copy_s() if self._wait_s is None else self._wait_s
+        copy_s = self.costs.expert_copy_s()
+        doubtful = self.costs.prefetch_s > _DOUBTFUL_SHARE * copy_s
+        self._on_trial = doubtful and self._iterations % _TRIAL_EVERY == 0
+        wait_s = copy_s if self._wait_s is None else self._wait_s
         return Limits(
             cutoff_layer=cutoff_layer(
                 due,
@@ -92,7 +104,9 @@ class Planner:
                 free_bytes=self.shape.memory_bytes,
             ),
             budget_bytes=byte_budget(due, self.costs),
-            break_even=break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s),
+            break_even=1.0
+            if self._on_trial
+            else break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s),
             read_last=read_last,
         )
 
@@ -107,6 +121,7 @@ class Planner:
         rows = iteration.drafted + 1
         if rows > _MAX_ROWS:
             return
+        self._iterations += 1
         compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
         self.costs = replace(self.costs, layer_s=self._with_layer(rows, compute_s))
         draft_s = self.costs.draft_s
@@ -117,8 +132,8 @@ class Planner:
         self._fill_share = _blend(self._fill_share, fills / self._needs(rows))
         if fills >= 1:
             self._stall_s = _blend(self._stall_s, grown["stall_s"] / fills)
-        if waits := grown["misses"] + grown["late"]:
-            self._wait_s = _blend(self._wait_s, grown["stall_s"] / waits)
+        if self._on_trial and (waits := grown["misses"] + grown["late"]):
+            self._wait_s = grown["stall_s"] / waits
         if grown["predicted_needs"]:
             recall = grown["recalled"] / grown["predicted_needs"]
             self._recall[read_last] = _blend(self._recall.get(read_last), recall)

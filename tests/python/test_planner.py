@@ -70,24 +70,34 @@ def test_before_any_iteration_fills_are_those_of_uniform_routing() -> None:
     assert planner(memory_bytes=10 * 16 * MIB).limits(4).cutoff_layer == 1  # 5.3 a layer
 
 
+CHEAP = replace(COSTS, prefetch_s=0.0002)  # a fifth of a copy
+
+
 def test_it_breaks_even_where_what_a_prefetch_takes_is_what_it_saves() -> None:
-    assert planner().limits(4).break_even == pytest.approx(0.3)
+    it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB))
+    assert it.limits(4).break_even == pytest.approx(0.2)
+    it.observe(Iteration(), grown(waits=10, stall_s=0.001), read_last=False)
+    assert it.limits(4).break_even == pytest.approx(0.2)  # few demands, after prefetches
 
 
-def test_what_is_hardly_waited_for_is_not_worth_prefetching() -> None:
+def test_where_a_prefetch_takes_much_it_is_tried_what_demands_wait_for() -> None:
     it = planner()
+    assert it.limits(4).break_even == 1  # the trial
     it.observe(Iteration(), grown(waits=10, stall_s=0.006), read_last=False)
-    assert it.limits(4).break_even == pytest.approx(0.5)  # 0.6 ms each
-    for _ in range(30):
-        it.observe(Iteration(), grown(waits=10, stall_s=0.002), read_last=False)
-    assert it.limits(4).break_even == 1
+    for _ in range(31):
+        assert it.limits(4).break_even == pytest.approx(0.5)  # 0.6 ms each
+        it.observe(Iteration(), grown(waits=1, stall_s=0.001), read_last=False)
+    assert it.limits(4).break_even == 1  # another
+    it.observe(Iteration(), grown(waits=10, stall_s=0.002), read_last=False)
+    assert it.limits(4).break_even == 1  # nothing is prefetched that is hardly waited for
 
 
 def test_predictions_are_of_use_where_something_may_be_prefetched() -> None:
     limits = planner(memory_bytes=10 * 16 * MIB).limits(4)
     assert limits.cutoff_layer == 1
     assert [limits.uses_prediction("sp-moe", layer) for layer in (0, 1)] == [True, False]
-    assert limits.uses_prediction("horizon", 9)
+    cheap = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)
+    assert cheap.uses_prediction("horizon", 9)
     never = Planner(replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)
     assert never.break_even == 1
     assert not never.uses_prediction("horizon", 0)
