@@ -56,10 +56,8 @@ def cutoff_layer(
     """Return how many leading layers to prefetch for: the paper's cutoff layer L.
 
     The largest ``L`` whose every layer's predicted experts arrive before verification reaches it,
-    link served in order, and that fit::
-
-        (wanted[0] + ... + wanted[l]) * copy_s <= due[l]           for every l < L
-        (wanted[0] + ... + wanted[L-1]) * expert_bytes <= free_bytes
+    link served in order. A layer's experts need room from when their copies begin until it has
+    run: where memory is full, the link waits for the oldest layer that is held to run.
 
     With equal layers whose compute takes no time it is the paper's
     ``L * k * copy_s <= T_draft`` and ``L * k * bytes <= free``.
@@ -82,10 +80,17 @@ def cutoff_layer(
             f"and memory that is not negative, got {free_bytes}"
         )
     copy_s = costs.expert_copy_s()
-    total = 0.0
-    for layer, (time, count) in enumerate(zip(due, wanted, strict=True)):
-        total += count
-        if total * copy_s > time or total * costs.expert_bytes > free_bytes:
+    room = free_bytes / costs.expert_bytes  # experts
+    arrival_s = held = 0.0
+    oldest = 0
+    for layer, count in enumerate(wanted):
+        while held + count > room and oldest < layer:
+            held -= wanted[oldest]
+            oldest += 1
+            arrival_s = max(arrival_s, due[oldest])  # when the layer before it has run
+        held += count
+        arrival_s += count * copy_s
+        if held > room or arrival_s > due[layer]:
             return layer
     return len(due)
 

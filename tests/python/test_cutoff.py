@@ -133,6 +133,10 @@ class TestCutoffLayer:
             ([0.000, 0.010, 0.010], [0, 5, 6], 1 << 40, 2),
             ([0.0045], [4.5], 1 << 40, 1),  # expected counts need not be whole
             ([], [], 0, 0),
+            # Room for two layers: the third is begun when the first has run, in time for its own.
+            ([0.010, 0.020, 0.030, 0.040], [2, 2, 2, 2], 64 * MIB, 4),
+            ([0.010, 0.011, 0.012, 0.013], [2, 2, 2, 2], 64 * MIB, 2),
+            ([0.010, 0.020, 0.030], [2, 2, 5], 64 * MIB, 2),  # more than there is room for
         ],
     )
     def test_it_is_the_tighter_of_time_and_memory(
@@ -141,9 +145,10 @@ class TestCutoffLayer:
         slightly_later = [time * (1 + 1e-9) for time in due]  # 20 * 0.001 rounds
         assert cutoff_layer(slightly_later, wanted, costs(), free_bytes=free_bytes) == expected
 
-    def test_a_free_link_leaves_it_to_memory(self) -> None:
+    def test_a_free_link_needs_room_for_a_layer_alone(self) -> None:
         free_link = costs(copy_s={8: 0.0})
-        assert cutoff_layer([0.0] * 26, [2] * 26, free_link, free_bytes=640 * MIB) == 20
+        assert cutoff_layer([0.0] * 26, [2] * 26, free_link, free_bytes=32 * MIB) == 26
+        assert cutoff_layer([0.0] * 26, [2] * 26, free_link, free_bytes=31 * MIB) == 0
 
     @pytest.mark.parametrize(
         ("due", "wanted", "free_bytes"),
