@@ -147,14 +147,7 @@ def _cut(draft: Any, layers: int) -> None:
 
 
 def _everything_resident(target: TargetModel) -> Runtime:
-    runtime = Runtime(
-        target.store,
-        expert_memory="100%",
-        experts_per_token=target.experts_per_token,
-        activation=target.activation,
-        alpha=target.alpha,
-        limit=target.limit,
-    )
+    runtime = target.open_runtime(expert_memory="100%")
     attach(target, runtime)
     return runtime
 

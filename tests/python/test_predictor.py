@@ -65,14 +65,7 @@ class Pair:
 
 def open_pair(path: Path) -> Pair:
     target = load_target(path)
-    runtime = Runtime(
-        target.store,
-        expert_memory="100%",
-        experts_per_token=target.experts_per_token,
-        activation=target.activation,
-        alpha=target.alpha,
-        limit=target.limit,
-    )
+    runtime = target.open_runtime(expert_memory="100%")
     attach(target, runtime)
     return Pair(target, runtime, load_draft(path))
 
