@@ -44,7 +44,11 @@ class Costs:
         return interpolate(self.layer_s, rows)
 
     def expert_copy_s(self, batch: int = 8) -> float:
-        """Return seconds an expert takes on the link, inside a batch of so many."""
+        """Return seconds an expert takes on the link, inside a batch of so many.
+
+        Or of as many as were measured: a layer may have fewer experts.
+        """
+        batch = min(batch, max(self.copy_s))
         return interpolate(self.copy_s, batch) / batch
 
 

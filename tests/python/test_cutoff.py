@@ -76,6 +76,9 @@ class TestCosts:
         assert batches.expert_copy_s(1) == pytest.approx(0.002)
         assert batches.expert_copy_s() == pytest.approx(0.001)
 
+    def test_of_a_layer_of_few_experts_the_largest_batch_counts(self) -> None:
+        assert costs(copy_s={4: 0.008}).expert_copy_s() == pytest.approx(0.002)
+
     def test_a_layer_costs_more_with_more_rows(self) -> None:
         assert costs(layer_s={1: 0.005, 5: 0.009}).layer_at(3) == pytest.approx(0.007)
 
