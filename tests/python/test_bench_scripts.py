@@ -86,3 +86,12 @@ def test_draw_timeline(target_path: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_script_is_run_here() -> None:
     text = Path(__file__).read_text()
     assert all(f'"{script.name}"' in text for script in BENCHES.glob("*.py"))
+
+
+def test_linear_rows(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    printed = run("linear_rows.py", "--shapes", "8x16", "--mib", 0, "--repeats", 1, "--json", file)
+    rows = json.loads(file.read_text())
+    assert len(rows) == 2 * 5
+    assert all(row["usual_gbps"] > 0 and row["turned_gbps"] > 0 for row in rows)
+    assert "8x16" in printed

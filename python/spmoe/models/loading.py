@@ -26,6 +26,7 @@ from spmoe.models.experts import (
     forbid_saving,
     without_experts,
 )
+from spmoe.models.linear import quicken
 from spmoe.models.pretrained import read_config, read_model, read_tokenizer
 from spmoe.runtime import Runtime, open_store
 
@@ -115,6 +116,7 @@ def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) 
     layers = find_layers(model)
     _check_unexpected(name, unexpected, layers)
     forbid_saving(model)
+    quicken(model)
     return TargetModel(
         model=model,
         moe_layers=layers,
@@ -139,7 +141,9 @@ def load_draft(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -
         config = read_config(fspath(path), find_directory(path))
         own: Any = config.get_text_config().dtype
         dtype = own if isinstance(own, torch.dtype) else torch.float32
-    return load_plain(path, dtype=dtype)
+    draft = load_plain(path, dtype=dtype)
+    quicken(draft)
+    return draft
 
 
 def load_plain(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
