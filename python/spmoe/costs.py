@@ -18,6 +18,7 @@ class Costs:
         expert_bytes: One expert.
         prefetch_s: Compute time lost to an expert that arrives meanwhile, seconds: copying takes
             processor and memory from it. 0 where it does not.
+        draft_token_s: Each further token that the draft reads in one pass, seconds.
     """
 
     draft_s: float
@@ -25,10 +26,12 @@ class Costs:
     copy_s: Mapping[int, float]
     expert_bytes: int
     prefetch_s: float = 0.0
+    draft_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse costs that were not measured."""
-        times = [self.draft_s, self.prefetch_s, *self.layer_s.values(), *self.copy_s.values()]
+        singles = (self.draft_s, self.prefetch_s, self.draft_token_s)
+        times = [*singles, *self.layer_s.values(), *self.copy_s.values()]
         if not (
             self.layer_s
             and self.copy_s

@@ -10,11 +10,12 @@ Source: Leviathan et al., arXiv:2211.17192, section 3.4, for A(g); the costs and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 _TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
+_SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
 
 
 class Measured(Protocol):
@@ -23,8 +24,9 @@ class Measured(Protocol):
     Attributes:
         drafted: Tokens drafted.
         accepted: Of these, accepted.
-        draft_steps: Passes of the draft.
-        draft_s: Seconds that they took.
+        backlog: Tokens that the draft's first pass read beside the one that every pass reads.
+        pass_s: Seconds of each pass of the draft.
+        draft_s: Seconds of drafting.
         verify_s: Seconds that the verification took.
     """
 
@@ -33,11 +35,19 @@ class Measured(Protocol):
     @property
     def accepted(self) -> int: ...  # noqa: D102
     @property
-    def draft_steps(self) -> int: ...  # noqa: D102
+    def backlog(self) -> int: ...  # noqa: D102
+    @property
+    def pass_s(self) -> Sequence[float]: ...  # noqa: D102
     @property
     def draft_s(self) -> float: ...  # noqa: D102
     @property
     def verify_s(self) -> float: ...  # noqa: D102
+
+
+def step_s(iteration: Measured) -> float | None:
+    """Return seconds of a draft step; None if there was none that had no backlog to read."""
+    passes = iteration.pass_s[1:] if iteration.backlog > _SMALL_BACKLOG else iteration.pass_s
+    return math.fsum(passes) / len(passes) if passes else None
 
 
 def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
@@ -61,12 +71,14 @@ class DraftLength:
     Attributes:
         expected_s: Rows -> seconds that a verification of so many is expected to take.
         draft_s: Expected seconds of a draft step.
+        token_s: Expected seconds for each token of a backlog that the draft has to read first.
         longest: Largest length to choose.
         test_share: Share of all time that tests may lose, against the best length known.
     """
 
     expected_s: Callable[[int], float]
     draft_s: float
+    token_s: float = 0.0
     longest: int = 8
     test_share: float = 0.02
 
@@ -78,6 +90,8 @@ class DraftLength:
     _total_s: float = 0.0
     _test_loss_s: float = 0.0
     _testing: bool = False
+    _backlog_s: float = 0.0
+    _left: float = math.inf
     _count: int = 0
 
     @property
@@ -90,15 +104,23 @@ class DraftLength:
         seconds = draft_length * self.draft_s + self._verify_at(draft_length + 1)
         return seconds / tokens_per_iteration(self.acceptance, draft_length)
 
-    def choose(self) -> int:
-        """Return how many tokens to draft in the next iteration."""
+    def choose(self, backlog: int = 0, left: float = math.inf) -> int:
+        """Return how many tokens to draft in the next iteration.
+
+        Args:
+            backlog: Tokens of the text that the draft has to read before it drafts any.
+            left: Tokens that may still be written; about half of them are taken to be.
+        """
         self._testing = False
+        self._backlog_s = backlog * self.token_s if backlog > _SMALL_BACKLOG else 0.0
+        self._left = max(left / 2, 1.0)
         best = self._best()
         usual = self.seconds_per_token(best)
 
         def price(length: int) -> float:
             loss = max(self.seconds_per_token(length) - usual, 0.02 * usual)  # none is for nothing
-            return loss * tokens_per_iteration(self.acceptance, length)
+            reading_s = self._backlog_s if length and not best else 0.0
+            return reading_s + loss * tokens_per_iteration(self.acceptance, length)
 
         others = [length for length in range(self.longest + 1) if length != best] or [best]
         test = max(others, key=lambda g: (self._count - self._tried.get(g, 0)) / price(g))
@@ -127,8 +149,11 @@ class DraftLength:
             self._offered *= 0.97
             self._accepted *= 0.97
         if drafted:
-            step = iteration.draft_s / max(iteration.draft_steps, 1)
-            self.draft_s = _blend(self.draft_s, step, 0.2)
+            if (step := step_s(iteration)) is not None:
+                self.draft_s = _blend(self.draft_s, step, 0.2)
+            if iteration.backlog > _SMALL_BACKLOG:
+                read_s = max(0.0, iteration.pass_s[0] - self.draft_s)
+                self.token_s = _blend(self.token_s, read_s / iteration.backlog, 0.5)
             judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
             self._offered += judged
             self._accepted += iteration.accepted
@@ -148,7 +173,11 @@ class DraftLength:
         return probability * self.seconds_per_token(best) > self.draft_s + row_s
 
     def _best(self) -> int:
-        return min(range(self.longest + 1), key=self.seconds_per_token)
+        def cost(length: int) -> float:
+            reading_s = self._backlog_s / self._left if length else 0.0
+            return self.seconds_per_token(length) + reading_s
+
+        return min(range(self.longest + 1), key=cost)
 
     def _verify_at(self, rows: int) -> float:
         expected = self.expected_s(rows)

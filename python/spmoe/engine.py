@@ -130,10 +130,12 @@ class Engine(Closeable):
                     'draft_length "auto" needs the costs of this machine, which were not measured: '
                     'give draft_length="auto" to spmoe.load'
                 )
-            adaptive = DraftLength(self.planner.verify_s, self.planner.costs.draft_s)
+            costs = self.planner.costs
+            adaptive = DraftLength(self.planner.verify_s, costs.draft_s, costs.draft_token_s)
 
-        def choose() -> int:
-            length = adaptive.choose() if adaptive is not None else int(draft_length or 0)
+        def choose(backlog: int, left: int) -> int:
+            fixed = 0 if draft_length == "auto" else draft_length
+            length = fixed if adaptive is None else adaptive.choose(backlog, left)
             self._set_limits(length if drafter is not None else 0)
             return length
 

@@ -138,6 +138,7 @@ def measure(
         work = _read_head(target)
         if draft is not None:
             samplers["draft_s", 0] = probe.draft_steps(draft, tokens)
+            samplers["draft_token_s", 0] = probe.draft_tokens(draft, tokens)
             work = _draft_step(draft, tokens)
         if rows:
             runtime = target.open_runtime(expert_memory=expert_memory, **options)
@@ -168,6 +169,7 @@ def measure(
         copy_s=by_name["copy_s"],
         expert_bytes=target.store.blob_bytes,
         prefetch_s=medians["prefetch_s", 0],
+        draft_token_s=medians.get(("draft_token_s", 0), 0.0),
     )
     spread = {
         f"{name}[{at}]" if at else name: _spread(values[1:])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from spmoe.costs import Costs
 from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines
-from spmoe.draft_length import Measured
+from spmoe.draft_length import Measured, step_s
 
 PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
 
@@ -125,8 +125,8 @@ class Planner:
         compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
         self.costs = replace(self.costs, layer_s=self._with_layer(rows, compute_s))
         draft_s = self.costs.draft_s
-        if iteration.draft_steps:
-            draft_s = _blend(draft_s or None, iteration.draft_s / iteration.draft_steps)
+        if (step := step_s(iteration)) is not None:
+            draft_s = _blend(draft_s or None, step)
         self.costs = replace(self.costs, draft_s=draft_s)
         fills = grown["link_bytes"] / self.costs.expert_bytes
         self._fill_share = _blend(self._fill_share, fills / self._needs(rows))

@@ -31,6 +31,25 @@ def draft_steps(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
         model.rewind(len(tokens))
 
 
+def draft_tokens(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
+    """Yield seconds that each further token of a pass of the draft takes, without end.
+
+    Args:
+        draft: The model.
+        tokens: Three at least.
+    """
+    model = CachedCausalLM(draft)
+    model.read(tokens[:1])
+    while True:
+        seconds = []
+        for end in (2, len(tokens)):
+            start = time.perf_counter()
+            model.read(tokens[1:end])
+            seconds.append(time.perf_counter() - start)
+            model.rewind(1)
+        yield max(0.0, seconds[1] - seconds[0]) / (len(tokens) - 2)
+
+
 def target_layers(
     target: TargetModel, runtime: Runtime, tokens: Sequence[int], rows: int
 ) -> Iterator[float]:

@@ -24,7 +24,7 @@ from spmoe.models.checkpoint import find_checkpoint
 
 log = logging.getLogger("spmoe")
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

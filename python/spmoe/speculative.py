@@ -45,8 +45,9 @@ class Iteration:
         tokens: Token ids, at least one; the last was not drafted.
         logits: [len(tokens), vocab], the target's, whose argmax each token is.
         drafted: Tokens that the draft proposed.
-        draft_steps: Passes of the draft model.
-        draft_s: Seconds that they took.
+        backlog: Tokens that the draft's first pass read beside the one that every pass reads.
+        pass_s: Seconds of each pass of the draft.
+        draft_s: Seconds of drafting.
         verify_s: Seconds that the target's pass took.
         end_s: When it ended, in seconds of `time.perf_counter`.
     """
@@ -54,7 +55,8 @@ class Iteration:
     tokens: list[int]
     logits: torch.Tensor
     drafted: int
-    draft_steps: int
+    backlog: int
+    pass_s: tuple[float, ...]
     draft_s: float
     verify_s: float
     end_s: float
@@ -63,6 +65,19 @@ class Iteration:
     def accepted(self) -> int:
         """Drafted tokens that the target accepted."""
         return len(self.tokens) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a draft model proposes.
+
+    Attributes:
+        tokens: Token ids.
+        pass_s: Seconds of each of its passes.
+    """
+
+    tokens: list[int]
+    pass_s: list[float]
 
 
 def prefill(model: CachedModel, prompt: Sequence[int]) -> torch.Tensor:
@@ -76,7 +91,7 @@ def draft(
     count: int,
     *,
     worth_another: Callable[[float], bool] | None = None,
-) -> list[int]:
+) -> Draft:
     """Let the draft model propose ``count`` tokens after ``text``.
 
     Reads only what of ``text`` it has not read yet. It does not read the last token it proposes.
@@ -90,16 +105,19 @@ def draft(
     """
     unread: Sequence[int] = text[model.length :]
     proposed: list[int] = []
+    pass_s: list[float] = []
     probability = 1.0
     while len(proposed) < count:
+        start = time.perf_counter()
         logits = model.read(unread)[-1]
         proposed.append(int(logits.argmax()))
+        pass_s.append(time.perf_counter() - start)
         unread = proposed[-1:]
         if worth_another is not None:
             probability *= float(logits.float().softmax(-1)[proposed[-1]])
             if not worth_another(probability):
                 break
-    return proposed
+    return Draft(proposed, pass_s)
 
 
 def verify(model: CachedModel, last: int, proposed: Sequence[int]) -> torch.Tensor:
@@ -130,7 +148,7 @@ def decode(
     drafter: CachedModel | None,
     prompt: Sequence[int],
     *,
-    draft_length: int | Callable[[], int],
+    draft_length: int | Callable[[int, int], int],
     max_length: int,
     worth_another: Callable[[float], bool] | None = None,
     read_last: Callable[[], bool] = lambda: False,
@@ -146,7 +164,8 @@ def decode(
         drafter: Fresh; None decodes plainly.
         prompt: At least one token id.
         draft_length: Tokens drafted an iteration, 0 for none, or a function that is asked before
-            each, with a draft or without; fewer are drafted where the end is near.
+            each, with a draft or without, and told the draft's backlog and how many tokens may
+            still be written; fewer are drafted where the end is near.
         max_length: Tokens of prompt and text together.
         worth_another: As for `draft`.
         read_last: Whether the draft reads its own last token too, to predict experts for it.
@@ -156,23 +175,23 @@ def decode(
     logits = prefill(target, text)
     text += accept([], logits)
     end = time.perf_counter()
-    yield Iteration(text[-1:], logits, 0, 0, 0.0, end - start, end)
+    yield Iteration(text[-1:], logits, 0, 0, (), 0.0, end - start, end)
     while len(text) < max_length:
         start = time.perf_counter()
-        proposed: list[int] = []
-        steps = 0
-        wanted = draft_length() if callable(draft_length) else draft_length
+        proposed = Draft([], [])
+        left = max_length - len(text)
+        backlog = len(text) - 1 - drafter.length if drafter is not None else 0
+        wanted = draft_length(backlog, left) if callable(draft_length) else draft_length
         if drafter is not None:
             # The bonus token takes one of the places that are left.
-            count = min(wanted, max_length - len(text) - 1)
-            proposed = draft(drafter, text, count, worth_another=worth_another)
-            steps = len(proposed)
-            if proposed and read_last():
-                drafter.read(proposed[-1:], last=0)
-                steps += 1
+            proposed = draft(drafter, text, min(wanted, left - 1), worth_another=worth_another)
+            if proposed.tokens and read_last():
+                before = time.perf_counter()
+                drafter.read(proposed.tokens[-1:], last=0)
+                proposed.pass_s.append(time.perf_counter() - before)
         drafted = time.perf_counter()
-        logits = verify(target, text[-1], proposed)
-        tokens = accept(proposed, logits)
+        logits = verify(target, text[-1], proposed.tokens)
+        tokens = accept(proposed.tokens, logits)
         verified = time.perf_counter()
         text += tokens
         target.rewind(len(text) - 1)
@@ -181,8 +200,9 @@ def decode(
         yield Iteration(
             tokens,
             logits[: len(tokens)],
-            len(proposed),
-            steps,
+            len(proposed.tokens),
+            backlog,
+            tuple(proposed.pass_s),
             drafted - start,
             verified - drafted,
             verified,

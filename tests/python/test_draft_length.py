@@ -23,9 +23,13 @@ class Sample:
 
     drafted: int
     accepted: int
-    draft_steps: int
-    draft_s: float
+    pass_s: Sequence[float]
     verify_s: float
+    backlog: int = 0
+
+    @property
+    def draft_s(self) -> float:
+        return math.fsum(self.pass_s)
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,17 @@ class Regime:
         acceptance: Probability that a drafted token is accepted if those before it are.
         draft_s: Of a draft step.
         verify_s: Rows -> seconds of a verification.
+        token_s: Of the draft, for each token of a backlog.
     """
 
     acceptance: float
     draft_s: float
     verify_s: Callable[[int], float]
+    token_s: float = 0.0
 
-    def seconds(self, length: int) -> float:
-        return length * self.draft_s + self.verify_s(length + 1)
+    def seconds(self, length: int, backlog: int = 0) -> float:
+        reading_s = backlog * self.token_s if length else 0.0
+        return reading_s + length * self.draft_s + self.verify_s(length + 1)
 
     def tokens(self, length: int) -> float:
         return sum(self.acceptance**i for i in range(length + 1))
@@ -91,6 +98,7 @@ class Simulation:
 
     seed: int
     settings: dict[str, Any] = field(default_factory=dict)  # of the `DraftLength`
+    backlog: int = 0  # of the draft: at first the prompt
     chosen: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -105,15 +113,18 @@ class Simulation:
             self.lengths = DraftLength(
                 lambda rows: regime.verify_s(rows) * errors[rows],
                 regime.draft_s * 1.5,
+                regime.token_s * 1.5,
                 **{"longest": LONGEST} | self.settings,
             )
-        for _ in range(count):
-            length = self.lengths.choose()
+        for number in range(count):
+            length = self.lengths.choose(self.backlog, count - number)
             assert 0 <= length <= self.lengths.longest
-            self.lengths.observe(self.iteration(regime, length))
+            iteration = self.iteration(regime, length)
+            self.lengths.observe(iteration)
             self.chosen.append(length)
-            seconds += regime.seconds(length)
+            seconds += regime.seconds(length, self.backlog)
             tokens += regime.tokens(length)
+            self.backlog = 0 if length else self.backlog + 1
         return seconds / tokens
 
     def iteration(self, regime: Regime, length: int) -> Sample:
@@ -123,9 +134,12 @@ class Simulation:
         return Sample(
             drafted=length,
             accepted=accepted,
-            draft_steps=length,
-            draft_s=self.noisy(length * regime.draft_s),
+            pass_s=[
+                self.noisy(regime.draft_s) + (0 if number else self.backlog * regime.token_s)
+                for number in range(length)
+            ],
             verify_s=self.noisy(regime.verify_s(length + 1)),
+            backlog=self.backlog,
         )
 
     def noisy(self, seconds: float) -> float:
@@ -174,6 +188,42 @@ class TestChange:
             assert settled <= 1.1 * after.seconds_per_token(after.best), seed
 
 
+class TestBacklog:
+    """What the draft has to read before it can draft is part of the price."""
+
+    PAYS = Regime(0.9, 0.02, lambda rows: 0.3 + 0.05 * rows, token_s=0.02)
+    FAST = Regime(0.8, 0.05, lambda rows: 0.02 + 0.02 * rows, token_s=0.02)
+
+    def test_a_prompt_that_costs_more_than_drafts_can_save_is_left_unread(self) -> None:
+        few, many = DraftLength(*self.settings(self.PAYS)), DraftLength(*self.settings(self.PAYS))
+        assert few.choose(backlog=1000, left=10) == 0
+        assert many.choose(backlog=1000, left=10_000) > 0
+
+    def test_tests_that_cannot_be_afforded_are_not_made(self) -> None:
+        assert self.FAST.best == 0
+        for seed in SEEDS:
+            simulation = Simulation(seed, backlog=200)  # four seconds to read
+            seconds = simulation.run(self.FAST, 128)
+            assert seconds == pytest.approx(self.FAST.seconds_per_token(0)), seed
+
+    def test_where_drafts_pay_they_begin_at_once(self) -> None:
+        for seed in SEEDS:
+            simulation = Simulation(seed, backlog=50)
+            simulation.run(self.PAYS, 100)
+            assert simulation.chosen[0] > 0, seed
+
+    def test_a_backlog_is_no_draft_step(self) -> None:
+        lengths = DraftLength(lambda rows: 0.1, draft_s=0.01)
+        for _ in range(30):
+            lengths.observe(Sample(2, 2, [2.01, 0.01], verify_s=0.1, backlog=100))
+        assert lengths.draft_s == pytest.approx(0.01)
+        assert lengths.token_s == pytest.approx(0.02, rel=0.01)
+
+    @staticmethod
+    def settings(regime: Regime) -> tuple[Callable[[int], float], float, float]:
+        return regime.verify_s, regime.draft_s, regime.token_s
+
+
 class TestTestsOfOtherLengths:
     def test_it_begins_with_what_is_expected_to_be_best(self) -> None:
         for name, (regime, best) in REGIMES.items():
@@ -186,8 +236,8 @@ class TestTestsOfOtherLengths:
         lengths = DraftLength(lambda rows: 0.1 * rows, 0.05, longest=1)
         assert lengths.choose() == 0
         for _ in range(200):
-            lengths.observe(Sample(1, 1, 1, draft_s=0.001, verify_s=0.01))
-            lengths.observe(Sample(0, 0, 0, draft_s=0.0, verify_s=0.1))
+            lengths.observe(Sample(1, 1, [0.001], verify_s=0.01))
+            lengths.observe(Sample(0, 0, [], verify_s=0.1))
         assert lengths.seconds_per_token(1) < lengths.seconds_per_token(0)
 
     @pytest.mark.parametrize("longest", range(4))
@@ -226,8 +276,8 @@ class TestWorthAnother:
         lengths = DraftLength(regime.verify_s, regime.draft_s)
         for length in (4, 0, 8, 2) * 30:
             accepted = length if length != 8 else 4
-            seconds = (length * regime.draft_s, regime.verify_s(length + 1))
-            lengths.observe(Sample(length, accepted, length, *seconds))
+            passes = [regime.draft_s] * length
+            lengths.observe(Sample(length, accepted, passes, regime.verify_s(length + 1)))
         best = min(lengths.seconds_per_token(length) for length in range(LONGEST + 1))
         edge = 0.06 / best
         assert 0 < edge < 1
@@ -244,5 +294,5 @@ class TestWorthAnother:
 def test_tokens_behind_the_first_refusal_say_nothing_about_acceptance() -> None:
     lengths = DraftLength(lambda rows: 0.1, 0.01)
     for _ in range(200):
-        lengths.observe(Sample(drafted=8, accepted=1, draft_steps=8, draft_s=0.1, verify_s=0.1))
+        lengths.observe(Sample(drafted=8, accepted=1, pass_s=[0.01] * 8, verify_s=0.1))
     assert lengths.acceptance == pytest.approx(0.5, abs=0.01)  # one accepted, one refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,9 +20,13 @@ COSTS = Costs(
 class Iteration:
     drafted: int = 4
     accepted: int = 2
-    draft_steps: int = 4
-    draft_s: float = 0.080
+    pass_s: Sequence[float] = (0.020,) * 4
     verify_s: float = 0.100
+    backlog: int = 0
+
+    @property
+    def draft_s(self) -> float:
+        return sum(self.pass_s)
 
 
 def planner(*, memory_bytes: int = 40 * 16 * MIB, layers: int = 10) -> Planner:
@@ -108,9 +113,7 @@ def test_compute_follows_what_was_measured_without_the_waits() -> None:
     it = planner()
     it.observe(Iteration(verify_s=0.100), grown(stall_s=0.080), read_last=False)
     assert it.costs.layer_at(5) == pytest.approx(0.002)
-    it.observe(
-        Iteration(drafted=0, draft_steps=0, draft_s=0.0, verify_s=0.010), grown(), read_last=False
-    )
+    it.observe(Iteration(drafted=0, pass_s=(), verify_s=0.010), grown(), read_last=False)
     assert it.costs.layer_at(1) == pytest.approx(0.001)
     assert it.costs.layer_at(3) == pytest.approx(0.0015)
 
@@ -118,8 +121,10 @@ def test_compute_follows_what_was_measured_without_the_waits() -> None:
 def test_draft_steps_follow_what_was_measured() -> None:
     it = planner()
     for _ in range(60):
-        it.observe(Iteration(draft_s=0.040), grown(), read_last=False)
+        it.observe(Iteration(pass_s=(0.010,) * 4), grown(), read_last=False)
     assert it.costs.draft_s == pytest.approx(0.010, rel=1e-3)
+    it.observe(Iteration(pass_s=(5.0, 0.010), backlog=100), grown(), read_last=False)
+    assert it.costs.draft_s == pytest.approx(0.010, rel=1e-3)  # reading a prompt is no step
 
 
 def test_a_prompt_teaches_nothing() -> None:

@@ -26,14 +26,14 @@ class TableModel:
         return len(self.text)
 
     def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
-        assert len(tokens) >= last >= 1
+        assert len(tokens) >= last >= 0
         self.reads.append(len(tokens))
         rows = []
         for token in tokens:
             before = self.text[-1] if self.text else 0
             self.text.append(token)
             rows.append(self.table[before, token])
-        return torch.stack(rows[-last:])
+        return torch.stack(rows)[len(rows) - last :]
 
     def rewind(self, length: int) -> None:
         del self.text[length:]
@@ -101,6 +101,27 @@ def test_the_draft_reads_each_token_of_the_text_once() -> None:
     list(speculative.decode(TableModel(5), drafter, [1, 2], draft_length=3, max_length=11))
     # Prompt and first token, two proposals one by one; then first what was not read before.
     assert drafter.reads == [3, 1, 1, 2, 1, 1]
+
+
+def test_an_iteration_tells_the_drafts_passes_and_what_they_had_to_read_first() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def lengths(backlog: int, left: int) -> int:
+        asked.append((backlog, left))
+        return 0 if len(asked) == 1 else 2
+
+    decoding = speculative.decode(
+        TableModel(5),
+        TableModel(5),
+        [1, 2, 3],
+        draft_length=lengths,
+        max_length=12,
+        read_last=lambda: len(asked) == 3,
+    )
+    _, plain, *drafted = decoding
+    assert (plain.backlog, len(plain.pass_s)) == (3, 0)
+    assert [(it.backlog, len(it.pass_s)) for it in drafted] == [(4, 2), (1, 3), (0, 0)]
+    assert asked == [(3, 8), (4, 7), (1, 4), (0, 1)]
 
 
 def logits_choosing(*tokens: int) -> torch.Tensor:

@@ -70,6 +70,7 @@ def _print(made: Profile) -> None:
 
     if costs.draft_s:
         add("draft step", costs.draft_s, "draft_s")
+        add("further token of a draft's pass", costs.draft_token_s, "draft_token_s")
     for rows, seconds in sorted(costs.layer_s.items()):
         add(f"target layer, {_count(rows, 'row')}", seconds, f"layer_s[{rows}]")
     for batch, seconds in sorted(costs.copy_s.items()):
