@@ -13,8 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
-from spmoe.engine import Engine, load
+from spmoe.engine import Engine
 from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
+from spmoe.load import load
 from spmoe.metrics import Metrics
 from spmoe.request import Generation
 from spmoe.runtime import Runtime, open_store

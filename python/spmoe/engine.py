@@ -1,4 +1,4 @@
-"""`load` a target and a draft; `Engine` writes text with them."""
+"""`Engine`: a target whose experts are offloaded, and perhaps a draft, writing text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -18,22 +17,12 @@ from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import LayerMap
-from spmoe.measure import estimate
 from spmoe.metrics import Metrics
 from spmoe.models.cached import CachedCausalLM, CausalLM
 from spmoe.models.experts import attach
-from spmoe.models.loading import (
-    TargetModel,
-    load_draft,
-    load_target,
-    load_tokenizer,
-    resolve_dtype,
-)
+from spmoe.models.loading import TargetModel
 from spmoe.models.text import Prompt, Tokenizer, encode
-from spmoe.pairing import check_pairing
-from spmoe.planner import COUNTERS, PLANNED, Limits, Planner, Shape
-from spmoe.profile import Fingerprint, known_costs, known_layer_map
-from spmoe.progress import Progress, silent
+from spmoe.planner import COUNTERS, Limits, Planner, Shape
 from spmoe.request import Generation, Request
 from spmoe.runtime import Runtime
 from spmoe.trace import Phase
@@ -280,84 +269,3 @@ def _phases(iteration: speculative.Iteration) -> list[Phase]:
         Phase("draft", drafted, verify_s - iteration.draft_s, verify_s),
         Phase("verify", verified, verify_s, iteration.end_s),
     ]
-
-
-def load(
-    target: str | PathLike[str],
-    draft: str | PathLike[str] | None = None,
-    *,
-    expert_memory: int | str = "25%",
-    device: str = "auto",
-    draft_length: int | str = 4,
-    policy: str = "horizon",
-    eviction: str = "auto",
-    dtype: torch.dtype | str | None = None,
-    link_gbps: float = 0.0,
-    trace_spans: int = 0,
-    progress: Progress | None = None,
-) -> Engine:
-    """Load a Mixture-of-Experts model without its experts, and perhaps a draft for it.
-
-    Args:
-        target: Directory or hub id of the model whose output counts.
-        draft: Directory or hub id of a model of the same tokenizer that proposes tokens; None
-            decodes plainly. Changes speed, never the text.
-        expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
-        device: "auto" or "host".
-        draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
-        policy: What is prefetched: one of `spmoe.runtime.POLICIES`. Changes speed, never the text.
-        eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
-        dtype: Of the target's activations and of all its weights but the experts', which keep the
-            checkpoint's; None means float32 on the host. The draft keeps its checkpoint's.
-        link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
-        trace_spans: Spans of time that `Runtime.spans` keeps.
-        progress: Called as things are loaded, with a description, and done of total.
-
-    Raises:
-        InvalidArgument: A model without experts, a budget too small, a draft that does not fit.
-        CheckpointError: A shard is missing or damaged.
-        OutOfMemory: The budget is not to be had.
-    """
-    report = progress or silent
-    check_draft_length(draft_length)
-    steps = 4 if draft is not None else 3
-    report("loading the target without its experts", 0, steps)
-    chosen = resolve_dtype(dtype)
-    loaded = load_target(target, dtype=chosen)
-    tokenizer = load_tokenizer(target)
-    drafter = None
-    if draft is not None:
-        report("loading the draft", 1, steps)
-        drafter = load_draft(draft)
-        check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
-    costs = layer_map = None
-    if policy in PLANNED or draft_length == "auto":
-        fingerprint = Fingerprint.of(
-            target, draft, dtype=chosen, device=device, link_gbps=link_gbps
-        )
-        layer_map = known_layer_map(fingerprint)
-        costs = known_costs(fingerprint)
-        if costs is None:
-            report("estimating costs", steps - 2, steps)
-            costs = estimate(
-                loaded, drafter, expert_memory=expert_memory, device=device, link_gbps=link_gbps
-            )
-    report("allocating expert memory", steps - 1, steps)
-    runtime = loaded.open_runtime(
-        expert_memory=expert_memory,
-        device=device,
-        link_gbps=link_gbps,
-        policy=policy,
-        eviction=eviction,
-        trace_spans=trace_spans,
-    )
-    report("ready", steps, steps)
-    return Engine(
-        loaded,
-        tokenizer,
-        runtime,
-        draft=drafter,
-        draft_length=draft_length,
-        costs=costs,
-        layer_map=layer_map,
-    )

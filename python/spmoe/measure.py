@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -16,7 +17,7 @@ from spmoe import probe
 from spmoe.calibration import tokenize_calibration
 from spmoe.config import parse_memory
 from spmoe.costs import Costs
-from spmoe.models.cached import CachedCausalLM, CausalLM
+from spmoe.models.cached import CausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import (
     TargetModel,
@@ -139,7 +140,7 @@ def measure(
         if draft is not None:
             samplers["draft_s", 0] = probe.draft_steps(draft, tokens)
             samplers["draft_token_s", 0] = probe.draft_tokens(draft, tokens)
-            work = _draft_step(draft, tokens)
+            work = partial(next, probe.draft_steps(draft, tokens))
         if rows:
             runtime = target.open_runtime(expert_memory=expert_memory, **options)
             attach(target, pools.enter_context(runtime))
@@ -185,17 +186,6 @@ def _small_pool(target: TargetModel, expert_memory: int | str, **options: Any) -
     wanted = max(slots, target.experts_per_token) * -(-store.blob_bytes // 256) * 256
     given = parse_memory(expert_memory, store.total_bytes)
     return target.open_runtime(expert_memory=min(wanted, given), policy="sp-moe", **options)
-
-
-def _draft_step(draft: CausalLM, tokens: Sequence[int]) -> Any:
-    model = CachedCausalLM(draft)
-    model.read(tokens)
-
-    def step() -> None:
-        model.read(tokens[-1:])
-        model.rewind(len(tokens))
-
-    return step
 
 
 def _read_head(target: TargetModel) -> Any:

@@ -184,3 +184,15 @@ def _fill_biases(model: PreTrainedModel) -> None:
         for name, tensor in model.state_dict().items():
             if "bias" in name:
                 tensor.normal_(std=0.1)
+
+
+def greedy(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> list[int]:
+    """``count`` tokens of transformers' own decoding loop after ``prompt`` [1, tokens]."""
+    text = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+    )
+    return text[0, prompt.shape[1] :].tolist()

@@ -9,26 +9,13 @@ import pytest
 import torch
 
 import spmoe
-from families import FAMILIES, make_checkpoint
+from families import FAMILIES, greedy, make_checkpoint
 from spmoe.models.loading import load_plain
 from spmoe.models.text import encode
 
 PROMPT = "Once upon a time there was a disk"
 NEW_TOKENS = 24
 DRAFT_LENGTHS = (0, 1, 4, 9)
-
-
-def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
-    """The target alone: transformers' own loop, everything in memory."""
-    ids = torch.tensor([prompt])
-    text = load_plain(path).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=count,
-        min_new_tokens=count,
-    )
-    return text[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +27,9 @@ def engine(target_path: Path) -> Iterator[spmoe.Engine]:
 
 @pytest.fixture(scope="module")
 def expected(target_path: Path, engine: spmoe.Engine) -> list[int]:
-    return greedy(target_path, encode(engine.tokenizer, PROMPT), NEW_TOKENS)
+    return greedy(
+        load_plain(target_path), torch.tensor([encode(engine.tokenizer, PROMPT)]), NEW_TOKENS
+    )
 
 
 class TestLossless:
@@ -55,7 +44,7 @@ class TestLossless:
             for budget in ("50%", "100%"):
                 with spmoe.load(path, draft, expert_memory=budget) as engine:
                     prompt = engine.encode(PROMPT)
-                    alone = greedy(path, prompt, NEW_TOKENS)
+                    alone = greedy(load_plain(path), torch.tensor([prompt]), NEW_TOKENS)
                     for draft_length in DRAFT_LENGTHS:
                         found: list[int] = []
                         for iteration in engine.iterate(

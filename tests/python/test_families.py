@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, VOCABULARY, make_checkpoint
+from families import FAMILIES, VOCABULARY, greedy, make_checkpoint
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_plain, load_target
 from spmoe.runtime import Runtime
@@ -53,18 +53,6 @@ def logits_of(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
-def greedy(model: PreTrainedModel, prompt: torch.Tensor) -> list[int]:
-    """NEW_TOKENS tokens of transformers' own decoding loop, with its cache."""
-    text = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-    )
-    return text[0, prompt.shape[1] :].tolist()
-
-
 @pytest.fixture(
     scope="module", params=CASES, ids=[f"{family}-{str(dtype)[6:]}" for family, dtype in CASES]
 )
@@ -86,17 +74,17 @@ class TestFamilyContract:
             torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
     def test_greedy_tokens_are_those_of_the_plain_model(self, case: Case) -> None:
-        expected = greedy(case.plain, case.prompt)
+        expected = greedy(case.plain, case.prompt, NEW_TOKENS)
         for budget in case.budgets():
             with case.runtime(budget) as runtime:
                 attach(case.target, runtime)
-                assert greedy(case.target.model, case.prompt) == expected
+                assert greedy(case.target.model, case.prompt, NEW_TOKENS) == expected
 
     def test_experts_never_exceed_the_budget(self, case: Case) -> None:
         for budget in case.budgets():
             with case.runtime(budget) as runtime:
                 attach(case.target, runtime)
-                greedy(case.target.model, case.prompt)
+                greedy(case.target.model, case.prompt, NEW_TOKENS)
                 stats = runtime.stats()
             assert stats["slots"] * case.target.store.blob_bytes <= budget
             assert 0 < stats["resident"] <= stats["slots"]

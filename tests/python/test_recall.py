@@ -12,7 +12,7 @@ import torch
 
 from families import make_checkpoint
 from spmoe import layer_map, predictor
-from spmoe.measure_recall import (
+from spmoe.bench.measure_recall import (
     LAYER_MAP,
     PREVIOUS_LAYER,
     LastRow,
