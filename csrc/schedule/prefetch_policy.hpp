@@ -104,9 +104,7 @@ std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const Prefe
 /// victim would be.
 std::unique_ptr<PrefetchPolicy> make_oracle(const PolicyView& view);
 
-/// Experts that the router of some row selected: those with a finite score above 1. Exact for up to
-/// top-k + 1 rows, for one that top-k others beat has a probability of at most 1 / (top-k + 1);
-/// of more rows, an expert that many nearly select may count as selected.
+/// Experts that the router of some row selected: those with a finite score above 1.
 [[nodiscard]] std::size_t count_selected(std::span<const float> scores);
 
 /// Appends the `count` experts of the highest scores to `experts`, highest first, the lowest index

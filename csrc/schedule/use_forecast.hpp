@@ -28,8 +28,8 @@ class UseForecast {
   explicit UseForecast(const SchedulerShape& shape);
 
   /// Adds the scores of one or more tokens for `layer` [expert_count]: router probabilities, and 1
-  /// more for each token whose router selects the expert. Scores of several calls add up. What is
-  /// not a finite number above 0 counts as 0.
+  /// more for each token whose router selects the expert; at most 1 where none does. Scores of
+  /// several calls add up. What is not a finite number above 0 counts as 0.
   void predict(std::uint16_t layer, std::span<const float> scores);
 
   /// `layer` ran `experts`, `rows[i]` of its `tokens` rows through `experts[i]`.

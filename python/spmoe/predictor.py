@@ -65,6 +65,21 @@ class Router:
         return scores.scatter_add(1, index, torch.ones_like(scores))
 
 
+def join(scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores of several tokens together: their sum.
+
+    It stays at 1 or under for an expert that none of them selects, however many nearly do.
+
+    Args:
+        scores: [tokens, experts], as `Router.scores`.
+
+    Returns:
+        [experts].
+    """
+    total = scores.sum(dim=0)
+    return total.where((scores > 1).any(dim=0), total.clamp(max=1))
+
+
 def routers(target: HasMoeLayers) -> list[Router]:
     """Return the target's routers, one for each MoE layer.
 
@@ -205,7 +220,7 @@ def target_predictions(
                     return
                 for later in filter(wanted, nexts):
                     scores = found[later].scores(rows[first_row() :], normed=False)
-                    report(later, scores.sum(dim=0))
+                    report(later, join(scores))
 
             watch_state(hooks, blocks[layer.number], "residual", tell)
         yield

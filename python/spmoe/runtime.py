@@ -190,8 +190,9 @@ class Runtime(Closeable):
         Args:
             layer: MoE layer, 0-based.
             scores: [experts], router probabilities of one token or summed over several, and 1 more
-                for each token whose router selects the expert. Any scores will do that are higher
-                where use is likelier; what is not a number counts as 0.
+                for each token whose router selects the expert; at most 1 where none does. Any
+                scores will do that are higher where use is likelier; what is not a number counts
+                as 0.
             source: Whose state they were made from.
         """
         if isinstance(scores, torch.Tensor):

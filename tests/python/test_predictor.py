@@ -369,3 +369,16 @@ class TestTextStaysTheTargets:
             # And when what comes is not what was told.
             engine.runtime.replay_routing(routing[::-1])
             assert self.write(engine, 1) == expected
+
+
+class TestJoiningTokens:
+    def test_scores_add_up(self) -> None:
+        scores = torch.tensor([[1.5, 0.3, 0.2], [0.1, 1.6, 0.3]])
+        torch.testing.assert_close(predictor.join(scores), torch.tensor([1.6, 1.9, 0.5]))
+
+    def test_what_many_tokens_nearly_select_is_not_selected(self) -> None:
+        scores = torch.tensor([[1.45, 0.43, 0.12]] * 9)
+        joined = predictor.join(scores)
+        assert joined[0] == pytest.approx(9 * 1.45)
+        assert joined[1] == 1
+        assert joined[2] == 1
