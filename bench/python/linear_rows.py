@@ -10,30 +10,20 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from pathlib import Path
 
 import click
 import torch
-from torch.nn import functional
 
-from spmoe.models.linear import turned_product
+from spmoe.models.linear import Product, pass_seconds, turned_product, usual_product
 
 ROWS = (1, 2, 3, 5, 9)
 
 
-def measure(weights: list[torch.Tensor], rows: int, turned: bool, repeats: int) -> float:
+def measure(product: Product, weights: list[torch.Tensor], rows: int, repeats: int) -> float:
     """Return 10^9 bytes a second: the median over passes through all of ``weights``."""
     x = torch.randn(rows, weights[0].shape[1]).to(weights[0].dtype)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        for weight in weights:
-            if turned:
-                turned_product(weight, x)
-            else:
-                functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
+    seconds = [pass_seconds(product, weights, x) for _ in range(repeats + 1)]
     bytes_read = sum(weight.numel() * weight.element_size() for weight in weights)
     return bytes_read / statistics.median(seconds[1:]) / 1e9  # the first one prepares
 
@@ -55,7 +45,10 @@ def main(shapes: str, mib: int, repeats: int, json_file: Path | None) -> None:
                 torch.randn(out, inner).to(dtype) for _ in range(max(1, (mib << 20) // size))
             ]
             for count in ROWS:
-                usual, turned = (measure(weights, count, way, repeats) for way in (False, True))
+                usual, turned = (
+                    measure(product, weights, count, repeats)
+                    for product in (usual_product, turned_product)
+                )
                 name = str(dtype).removeprefix("torch.")
                 print(
                     f"{shape:>12} {name:>8} rows {count}: {usual:5.1f} GB/s, turned {turned:5.1f}"

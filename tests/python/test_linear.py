@@ -67,7 +67,7 @@ def test_a_product_is_turned_where_it_was_clearly_faster(
 ) -> None:
     monkeypatch.setattr(linear, "_turned_rows", {})
     monkeypatch.setattr(
-        linear, "_seconds", lambda product, *_: turned_s if product is turned_product else 1.0
+        linear, "pass_seconds", lambda product, *_: turned_s if product is turned_product else 1.0
     )
     model = Model()
     quicken(model)

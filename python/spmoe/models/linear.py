@@ -24,6 +24,7 @@ _REPEATS = 2
 _CLEARLY = 0.85  # of the usual time, from which another product is taken
 
 Shape = tuple[torch.Size, torch.dtype]
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # weight, rows
 
 # Once in a process: the same weights give the same bits however often they are loaded.
 _turned_rows: dict[Shape, frozenset[int]] = {}
@@ -56,6 +57,11 @@ class FewRowsLinear(nn.Linear):
         return out.reshape(*input.shape[:-1], self.out_features)
 
 
+def usual_product(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return ``rows @ weight.T`` as torch's linear layer computes it. As `turned_product`."""
+    return functional.linear(rows, weight)
+
+
 def turned_product(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return ``rows @ weight.T`` through ``weight @ rows.T``.
 
@@ -65,6 +71,14 @@ def turned_product(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
     columns = functional.pad(rows, (0, 0, 0, 1)) if len(rows) == 1 else rows
     return (weight @ columns.T).T[: len(rows)].contiguous()
+
+
+def pass_seconds(product: Product, weights: Sequence[torch.Tensor], rows: torch.Tensor) -> float:
+    """Return seconds of the product of ``rows`` with each of ``weights`` in turn."""
+    start = time.perf_counter()
+    for weight in weights:
+        product(weight, rows)
+    return time.perf_counter() - start
 
 
 def quicken(model: nn.Module) -> None:
@@ -89,24 +103,9 @@ def _measure(weights: Sequence[torch.Tensor]) -> frozenset[int]:
     for fewer, count in zip((0, *_MEASURED_ROWS), _MEASURED_ROWS, strict=False):
         rows = torch.ones(count, weights[0].shape[1], dtype=weights[0].dtype)
         usual_s, turned_s = (
-            min(_seconds(product, weights, rows) for _ in range(_REPEATS))
-            for product in (_usual_product, turned_product)
+            min(pass_seconds(product, weights, rows) for _ in range(_REPEATS))
+            for product in (usual_product, turned_product)
         )
         if turned_s < _CLEARLY * usual_s:
             turned.update(range(fewer + 1, count + 1))
     return frozenset(turned)
-
-
-def _usual_product(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return functional.linear(rows, weight)
-
-
-def _seconds(
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    rows: torch.Tensor,
-) -> float:
-    start = time.perf_counter()
-    for weight in weights:
-        product(weight, rows)
-    return time.perf_counter() - start
