@@ -142,14 +142,14 @@ void bind_runtime(py::module_& m) {
           [](Runtime& runtime, std::uint16_t layer, std::uint32_t tokens, std::uint32_t k,
              std::uintptr_t x, std::string_view x_dtype, std::uintptr_t top_k_index,
              std::uintptr_t top_k_weights, std::string_view weights_dtype, std::uintptr_t out) {
-            const ForwardArgs args{tokens,
-                                   k,
-                                   pointer<const void>(x),
-                                   parse_dtype(x_dtype),
-                                   pointer<const std::int64_t>(top_k_index),
-                                   pointer<const void>(top_k_weights),
-                                   parse_dtype(weights_dtype),
-                                   pointer<void>(out)};
+            const LayerArgs args{tokens,
+                                 k,
+                                 pointer<const void>(x),
+                                 parse_dtype(x_dtype),
+                                 pointer<const std::int64_t>(top_k_index),
+                                 pointer<const void>(top_k_weights),
+                                 parse_dtype(weights_dtype),
+                                 pointer<void>(out)};
             py::gil_scoped_release unlocked;
             runtime.forward(layer, args);
           },

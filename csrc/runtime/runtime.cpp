@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "base/bytes.hpp"
-#include "base/convert.hpp"
 #include "base/error.hpp"
 
 namespace spmoe {
@@ -14,9 +13,6 @@ constexpr std::size_t launch_rows = 32;
 
 // Prefetches on the link at a time: one that moves and one behind it, so that it never idles.
 constexpr std::size_t prefetch_window = 2;
-
-// Call memory beyond so many floats, which only a long prompt needs, is given back.
-constexpr std::size_t kept_floats = std::size_t{1} << 20;
 
 constexpr std::uint64_t slot_alignment = 256;
 
@@ -43,11 +39,6 @@ SlotIndex slots_in(const ExpertStore& store, const RuntimeOptions& options, std:
   return static_cast<SlotIndex>(std::min(slots, all));
 }
 
-void resize_for_call(std::vector<float>& floats, std::size_t count) {
-  if (floats.capacity() > std::max(count, kept_floats)) std::vector<float>{}.swap(floats);
-  floats.resize(count);
-}
-
 }  // namespace
 
 Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
@@ -55,8 +46,8 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       device_{make_host_device(options.device)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
-      ffn_{make_host_expert_ffn(store_->format(), options.activation, options.compute_threads,
-                                options.isa)},
+      compute_{make_host_layer_compute(store_->format(), options.activation,
+                                       options.compute_threads, options.isa)},
       rows_{store_->expert_count()},
       scheduler_{
           {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes(),
@@ -106,15 +97,11 @@ void Runtime::require_open(std::uint16_t layer) const {
 
 std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slot * slot_stride_; }
 
-void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
+void Runtime::forward(std::uint16_t layer, const LayerArgs& args) {
   const std::scoped_lock call{call_mutex_};  // `close` takes it too, so what is open stays open
   require_open(layer);
-  const std::size_t hidden = store_->format().hidden;
-  const std::size_t pairs = std::size_t{args.tokens} * args.k;
-  rows_.assign({args.top_k_index, pairs}, args.k);
-  resize_for_call(x_, args.tokens * hidden);
-  resize_for_call(expert_out_, pairs * hidden);
-  widen(args.x, args.x_dtype, x_.size(), x_.data());
+  rows_.assign({args.top_k_index, std::size_t{args.tokens} * args.k}, args.k);
+  compute_->begin(args);
 
   std::unique_lock lock{mutex_};
   failure_.clear();
@@ -126,7 +113,7 @@ void Runtime::forward(std::uint16_t layer, const ForwardArgs& args) {
     throw;
   }
   lock.unlock();
-  combine(args);
+  compute_->end();
 }
 
 void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
@@ -159,7 +146,7 @@ void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t la
     }
     lock.unlock();
     const double start_s = now_s();
-    ffn_->run(tasks_, x_.data(), expert_out_.data());
+    compute_->run(tasks_);
     lock.lock();
     finish_span(Lane::compute, layer, start_s, timings_[layer].compute_s);
     for (std::size_t i = first; i < last; ++i) scheduler_.computed(ready_[i].expert);
@@ -175,22 +162,6 @@ void Runtime::finish_span(Lane lane, std::uint16_t layer, double start_s, double
                start_s,
                end_s,
                static_cast<std::uint32_t>(scheduler_.queue_depth())});
-}
-
-void Runtime::combine(const ForwardArgs& args) {
-  const std::size_t hidden = store_->format().hidden;
-  weights_.resize(std::size_t{args.tokens} * args.k);
-  widen(args.top_k_weights, args.weights_dtype, weights_.size(), weights_.data());
-  for (std::size_t token = 0; token < args.tokens; ++token) {
-    float* sum = x_.data() + token * hidden;  // the input has been read
-    std::fill_n(sum, hidden, 0.0F);
-    for (std::size_t k = 0; k < args.k; ++k) {
-      const float weight = weights_[token * args.k + k];
-      const float* row = expert_out_.data() + (token * args.k + k) * hidden;
-      for (std::size_t h = 0; h < hidden; ++h) sum[h] += weight * row[h];
-    }
-  }
-  narrow(x_.data(), x_.size(), args.x_dtype, args.out);
 }
 
 void Runtime::start_fills() {
@@ -337,7 +308,7 @@ RuntimeStats Runtime::stats() const {
   stats.resident_count = scheduler_.resident_count();
   stats.iterations = iterations_;
   stats.accepted = accepted_;
-  stats.isa = ffn_->name();
+  stats.isa = compute_->name();
   stats.policy = scheduler_.prefetch_name();
   stats.eviction = scheduler_.eviction_name();
   stats.queue_depth = scheduler_.queue_depth();

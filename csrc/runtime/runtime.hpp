@@ -13,7 +13,7 @@
 
 #include "base/stats.hpp"
 #include "base/trace.hpp"
-#include "compute/expert_ffn.hpp"
+#include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
 #include "device/host_device.hpp"
 #include "runtime/copy_lane.hpp"
@@ -32,18 +32,6 @@ struct RuntimeOptions {
   HostDeviceOptions device;
   PolicyNames policies;
   std::size_t trace_spans = 0;  ///< the latest spans of time to keep; 0: none
-};
-
-/// The arguments of one MoE layer, contiguous, owned by the caller.
-struct ForwardArgs {
-  std::uint32_t tokens = 0;
-  std::uint32_t k = 0;
-  const void* x = nullptr;  ///< [tokens, hidden] of `x_dtype`
-  DType x_dtype = DType::f32;
-  const std::int64_t* top_k_index = nullptr;  ///< [tokens, k]
-  const void* top_k_weights = nullptr;        ///< [tokens, k] of `weights_dtype`
-  DType weights_dtype = DType::f32;
-  void* out = nullptr;  ///< [tokens, hidden] of `x_dtype`
 };
 
 struct RuntimeStats {
@@ -77,7 +65,7 @@ class Runtime {
   /// order of k, so that the bits do not depend on residency. Blocks; fetches what is missing.
   /// @throws InvalidArgument if an index is out of range; DeviceError if an expert's bytes could
   ///         not be read, naming expert and file. The runtime stays usable after either.
-  void forward(std::uint16_t layer, const ForwardArgs& args);
+  void forward(std::uint16_t layer, const LayerArgs& args);
 
   /// A request begins; see `Scheduler::begin_request`.
   void begin_request();
@@ -120,7 +108,6 @@ class Runtime {
   void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, std::uint32_t tokens);
   void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer);
   void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
-  void combine(const ForwardArgs& args);
   void start_fills();
   void list_copies();
   void on_end(const CopyLane::Ended& ended);
@@ -131,10 +118,9 @@ class Runtime {
   const std::uint64_t slot_stride_;
   const SlotIndex slot_count_;
 
-  std::mutex call_mutex_;  // one forward at a time; guards the next five
-  std::unique_ptr<ExpertFfn> ffn_;
+  std::mutex call_mutex_;  // one forward at a time; guards the next four
+  std::unique_ptr<LayerCompute> compute_;
   RoutedRows rows_;
-  std::vector<float> x_, expert_out_, weights_;
   std::vector<ExpertTask> tasks_;
   std::vector<ReadyExpert> ready_;
 

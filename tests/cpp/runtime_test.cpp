@@ -102,7 +102,7 @@ std::vector<LayerCall> conversation(std::uint32_t seed) {
 
 std::vector<float> forward(Runtime& runtime, const LayerCall& call) {
   std::vector<float> out(call.x.size(), std::nanf(""));
-  ForwardArgs args;
+  LayerArgs args;
   args.tokens = call.tokens;
   args.k = call.k;
   args.x = call.x.data();
