@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+/// Runs the threads of a CUDA block as fibres of the calling thread, one block after the other.
+/// A fibre runs until it waits for its warp or its block. One thread at a time may emulate.
+namespace spmoe::emulated {
+
+struct Index {
+  unsigned x = 0;
+  unsigned y = 0;
+  unsigned z = 0;
+};
+
+/// Runs `body` as every thread of every block of the grid. Aborts, saying so, if threads wait for
+/// others that do not come.
+void run_grid(Index grid, unsigned threads, const std::function<void()>& body);
+
+[[nodiscard]] const Index& thread_index() noexcept;
+[[nodiscard]] const Index& block_index() noexcept;
+
+/// Waits for every thread of the block; true if `value` is in one.
+bool any_of_block(bool value);
+
+/// Waits for the thread's warp. What lane i hands over, `own`, the others then find at index i of
+/// what is returned, until they wait for the warp again.
+[[nodiscard]] const void* const* exchange_in_warp(const void* own);
+
+}  // namespace spmoe::emulated
