@@ -18,19 +18,26 @@ namespace {
 constexpr unsigned warp_threads = 32;
 constexpr std::size_t stack_bytes = 256 * 1024;
 
-struct Fibre {
-  jmp_buf place{};
-  std::vector<char> stack = std::vector<char>(stack_bytes);
+struct Place {
+  ucontext_t context{};
+  jmp_buf jump{};
+  bool started = true;
   void* fake_stack = nullptr;
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+};
+
+struct Fibre {
+  Place place;
+  std::vector<char> stack = std::vector<char>(stack_bytes);
   Index thread;
-  bool started = false;
   bool done = true;
   bool waits_for_block = false;
   bool any = false;  // what the block agreed on when it last met
 };
 
 struct Warp {
-  const void* handed[2][warp_threads] = {};
+  Operands handed[2][warp_threads] = {};  // of this meeting and of the one before
   unsigned arrived = 0;
   unsigned meeting = 0;
 };
@@ -38,70 +45,57 @@ struct Warp {
 // One grid runs at a time, and its fibres find it here.
 std::vector<Fibre> fibres;
 std::vector<Warp> warps;
-jmp_buf scheduler;
-void* scheduler_stack = nullptr;
-const void* scheduler_bottom = nullptr;
-std::size_t scheduler_bytes = 0;
+Place scheduler;
 Fibre* running = nullptr;
 Index running_block;
 const std::function<void()>* running_body = nullptr;
 
-// The address sanitizer follows a change of stacks only if it is told.
-void leave(void** keep, const void* bottom, std::size_t bytes) {
+// A place in a fibre or the scheduler to come back to. Jumps change stacks without asking the
+// kernel, but the address sanitizer knows contexts alone, and must be told of each change.
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(keep, bottom, bytes);
-#else
-  static_cast<void>(keep), static_cast<void>(bottom), static_cast<void>(bytes);
-#endif
+void leave_for(Place& here, Place& there) {
+  __sanitizer_start_switch_fiber(&here.fake_stack, there.bottom, there.bytes);
+  swapcontext(&here.context, &there.context);
+  __sanitizer_finish_switch_fiber(here.fake_stack, nullptr, nullptr);
 }
-void arrived(void* kept, const void** bottom, std::size_t* bytes) {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(kept, bottom, bytes);
 #else
-  static_cast<void>(kept), static_cast<void>(bottom), static_cast<void>(bytes);
-#endif
+void leave_for(Place& here, Place& there) {
+  if (_setjmp(here.jump) != 0) return;
+  if (there.started) _longjmp(there.jump, 1);
+  there.started = true;
+  setcontext(&there.context);
 }
+#endif
 
 void run_body() {
-  arrived(nullptr, &scheduler_bottom, &scheduler_bytes);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler.bottom, &scheduler.bytes);
+#endif
   (*running_body)();
   running->done = true;
-  leave(nullptr, scheduler_bottom, scheduler_bytes);
-  _longjmp(scheduler, 1);
+  leave_for(running->place, scheduler);
 }
 
-// Contexts give a fibre its stack; jumps then change between stacks without asking the kernel.
-void enter(Fibre& fibre) {
-  ucontext_t context;
+void resume(Fibre& fibre) {
+  running = &fibre;
+  leave_for(scheduler, fibre.place);
+  running = nullptr;
+}
+
+void yield() { leave_for(running->place, scheduler); }
+
+void start(Fibre& fibre, unsigned thread) {
+  fibre.thread = {thread, 0, 0};
+  fibre.done = fibre.waits_for_block = fibre.any = false;
+  fibre.place.started = false;
+  fibre.place.bottom = fibre.stack.data();
+  fibre.place.bytes = fibre.stack.size();
+  ucontext_t& context = fibre.place.context;
   getcontext(&context);
   context.uc_stack.ss_sp = fibre.stack.data();
   context.uc_stack.ss_size = fibre.stack.size();
   context.uc_link = nullptr;
   makecontext(&context, run_body, 0);
-  fibre.started = true;
-  setcontext(&context);
-}
-
-void resume(Fibre& fibre) {
-  running = &fibre;
-  leave(&scheduler_stack, fibre.stack.data(), fibre.stack.size());
-  if (_setjmp(scheduler) == 0) {
-    if (fibre.started) _longjmp(fibre.place, 1);
-    enter(fibre);
-  }
-  arrived(scheduler_stack, nullptr, nullptr);
-  running = nullptr;
-}
-
-void yield() {
-  leave(&running->fake_stack, scheduler_bottom, scheduler_bytes);
-  if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
-  arrived(running->fake_stack, &scheduler_bottom, &scheduler_bytes);
-}
-
-void start(Fibre& fibre, unsigned thread) {
-  fibre.thread = {thread, 0, 0};
-  fibre.started = fibre.done = fibre.waits_for_block = fibre.any = false;
 }
 
 // Runs a warp until each of its lanes has ended or waits for the block.
@@ -173,11 +167,11 @@ bool any_of_block(bool value) {
   return fibre.any;
 }
 
-const void* const* exchange_in_warp(const void* own) {
+const Operands* exchange_in_warp(const Operands& own) {
   const unsigned thread = running->thread.x;
   Warp& warp = warps[thread / warp_threads];
   const unsigned meeting = warp.meeting;
-  const void** handed = warp.handed[meeting % 2];
+  Operands* handed = warp.handed[meeting % 2];
   handed[thread % warp_threads] = own;
   if (++warp.arrived == warp_threads) {
     warp.arrived = 0;

@@ -23,8 +23,14 @@ void run_grid(Index grid, unsigned threads, const std::function<void()>& body);
 /// Waits for every thread of the block; true if `value` is in one.
 bool any_of_block(bool value);
 
-/// Waits for the thread's warp. What lane i hands over, `own`, the others then find at index i of
-/// what is returned, until they wait for the warp again.
-[[nodiscard]] const void* const* exchange_in_warp(const void* own);
+/// What a lane hands to its warp.
+struct Operands {
+  std::uint32_t a[4];
+  std::uint32_t b[2];
+};
+
+/// Waits for the thread's warp. Returns what its 32 lanes handed over, by lane, which lasts until
+/// the thread waits for its warp again.
+[[nodiscard]] const Operands* exchange_in_warp(const Operands& own);
 
 }  // namespace spmoe::emulated

@@ -138,7 +138,7 @@ TEST_P(CudaKernels, agree_with_double_precision_for_any_rows_and_sizes) {
   // Of one chunk of inputs and of several, of one tile of outputs and of several, whole and not.
   constexpr std::pair<std::uint32_t, std::uint32_t> sizes[] = {
       {1, 1}, {3, 5}, {16, 24}, {72, 40}, {264, 48}, {50, 83}, {40, 520}};
-  constexpr std::size_t counts[] = {1, 2, 7, 8, 9, 32, 33};
+  constexpr std::size_t counts[] = {1, 9, 2, 33, 7, 32, 8};
   std::uint32_t seed = 1;
   for (std::size_t n = 0; n < std::size(sizes); ++n) {
     const auto [hidden, inter] = sizes[n];
@@ -151,7 +151,8 @@ TEST_P(CudaKernels, agree_with_double_precision_for_any_rows_and_sizes) {
       expected.push_back(reference(expert.expert, params, x.values.data() + r * hidden));
     }
     Kernels kernels{expert.expert.format, params};
-    for (const std::size_t count : counts) {
+    for (std::size_t c = 0; c < 3; ++c) {
+      const std::size_t count = counts[(3 * n + c) % std::size(counts)];
       const std::vector<float> out = kernels.run({expert.blob()}, {count_up(count)}, x, 1);
       for (std::size_t i = 0; i < out.size(); ++i) {
         const double wanted = i < count * hidden ? expected[i / hidden][i % hidden] : 77.0;
@@ -187,7 +188,7 @@ TEST_P(CudaKernels, err_no_more_than_the_hosts_on_long_sums) {
 }
 
 TEST_P(CudaKernels, give_a_row_the_same_bits_in_any_company) {
-  const BlobFormat shape = format(88, 296);
+  const BlobFormat shape = format(40, 264);
   const PlacedExpert experts[] = {{shape, 1}, {shape, 2}, {shape, 3}};
   const std::vector<const std::byte*> blobs{experts[0].blob(), experts[1].blob(),
                                             experts[2].blob()};
@@ -200,13 +201,14 @@ TEST_P(CudaKernels, give_a_row_the_same_bits_in_any_company) {
   std::mt19937 random{seed};
   std::vector<std::uint32_t> all = count_up(tokens * k);
   std::ranges::shuffle(all, random);
-  // One expert takes 25 of the rows, the second 8, the last 7; then each row comes alone.
+  // One expert takes 25 of the rows, the second 8, the last 7; then some of them come alone.
   const Routing routing{{all.begin(), all.begin() + 25},
                         {all.begin() + 25, all.begin() + 33},
                         {all.begin() + 33, all.end()}};
   const std::vector<float> together = kernels.run(blobs, routing, x, k);
   for (std::size_t e = 0; e < blobs.size(); ++e) {
-    for (const std::uint32_t row : routing[e]) {
+    for (std::size_t i = e; i < routing[e].size(); i += 4) {
+      const std::uint32_t row = routing[e][i];
       const std::vector<float> alone = kernels.run({blobs[e]}, {{row}}, x, k);
       const std::size_t at = std::size_t{row} * shape.hidden;
       ASSERT_EQ(std::memcmp(&alone[at], &together[at], shape.hidden * sizeof(float)), 0)

@@ -44,12 +44,6 @@ inline float cut_off(double value) {
   return beyond ? std::bit_cast<float>(std::bit_cast<std::uint32_t>(nearest) - 1) : nearest;
 }
 
-struct Operands {
-  float d[4];
-  std::uint32_t a[4];
-  std::uint32_t b[2];
-};
-
 /// The products of two pairs of bfloat16 numbers, summed.
 inline double dot(std::uint32_t a, std::uint32_t b) {
   const auto low = [](std::uint32_t word) {
@@ -66,12 +60,8 @@ inline double dot(std::uint32_t a, std::uint32_t b) {
 /// Sums of eight products, each cut off as it joins the sum: tensor cores round no better.
 inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                          std::uint32_t b1) {
-  using emulation::Operands;
-  const Operands own{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const void* const* lanes = emulated::exchange_in_warp(&own);
-  const auto lane_of = [&](unsigned lane) -> const Operands& {
-    return *static_cast<const Operands*>(lanes[lane]);
-  };
+  const emulated::Operands* lanes =
+      emulated::exchange_in_warp({{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const unsigned lane = threadIdx.x % 32;
   for (unsigned c = 0; c < 4; ++c) {
     const unsigned row = lane / 4;  // and eight on, in the words of odd index
@@ -79,14 +69,12 @@ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], std::uint32
     for (unsigned part = 0; part < 2; ++part) {
       double sum = 0;
       for (unsigned t = 0; t < 4; ++t) {
-        sum += emulation::dot(lane_of(row * 4 + t).a[part * 2 + c / 2],
-                              lane_of(column * 4 + t).b[part]);
+        sum +=
+            emulation::dot(lanes[row * 4 + t].a[part * 2 + c / 2], lanes[column * 4 + t].b[part]);
       }
       d[c] = emulation::cut_off(static_cast<double>(d[c]) + sum);
     }
   }
-  // Nobody's operands may go before everybody has read them.
-  static_cast<void>(emulated::exchange_in_warp(nullptr));
 }
 
 inline std::uint32_t low_halves(std::uint32_t first, std::uint32_t second) {
