@@ -43,8 +43,8 @@ RuntimeOptions options(SlotIndex slot_count) {
   result.expert_memory_bytes = slot_count * slot_bytes;
   result.experts_per_token = top_k;
   result.compute_threads = 1;
-  result.device.copy_threads = 2;
-  result.device.piece_bytes = 500;
+  result.link.copy_threads = 2;
+  result.link.piece_bytes = 500;
   return result;
 }
 
@@ -129,7 +129,7 @@ const std::vector<std::vector<float>>& plain_outputs(std::uint32_t seed) {
     if (of == seed) return outs;
   }
   RuntimeOptions plain = options(all_slots);
-  plain.device.copy_threads = 1;
+  plain.link.copy_threads = 1;
   Runtime runtime{store(), plain};
   return known.emplace_back(seed, run(runtime, conversation(seed))).second;
 }
@@ -251,7 +251,7 @@ TEST(Runtime, gives_the_same_bits_at_every_budget_and_thread_count) {
       SCOPED_TRACE(::testing::Message() << slot_count << " slots, " << threads << " threads");
       RuntimeOptions some = options(slot_count);
       some.compute_threads = threads;
-      some.device.copy_threads = 4 - threads;
+      some.link.copy_threads = 4 - threads;
       Runtime runtime{store(), some};
       EXPECT_EQ(runtime.stats().slot_count, slot_count);
       expect_same_bits(run(runtime, calls), 3);
@@ -264,8 +264,8 @@ TEST(Runtime, gives_the_same_bits_when_the_link_is_slowed_at_random) {
     for (const SlotIndex slot_count : {3U, 11U}) {
       RuntimeOptions slow = options(slot_count);
       slow.compute_threads = 2;
-      slow.device.copy_threads = 3;
-      slow.device.faults = {.delay_seed = seed, .max_delay_us = 60};
+      slow.link.copy_threads = 3;
+      slow.link.faults = {.delay_seed = seed, .max_delay_us = 60};
       Runtime runtime{store(), slow};
       SCOPED_TRACE(::testing::Message() << slot_count << " slots");
       expect_same_bits(run(runtime, conversation(seed)), seed);
@@ -381,7 +381,7 @@ TEST(Runtime, accounts_for_every_byte_when_wrong_prefetches_are_withdrawn_late_a
 TEST(Runtime, a_prefetch_that_the_router_did_not_choose_gives_the_link_to_the_demand) {
   RuntimeOptions slow = options(3);
   slow.policies.prefetch = "sp-moe";
-  slow.device.link_gbps = 1e-3;
+  slow.link.link_gbps = 1e-3;
   Runtime runtime{store(), slow};
   std::mt19937 random{35};
   LayerCall call = random_call(random, 1, 1);
@@ -455,7 +455,7 @@ TEST(Runtime, prefill_reads_each_expert_of_a_layer_once_at_any_budget) {
     for (const std::uint32_t delay : {0U, 80U}) {
       SCOPED_TRACE(::testing::Message() << slot_count << " slots, delay " << delay);
       RuntimeOptions some = options(slot_count);
-      some.device.faults = {.delay_seed = slot_count, .max_delay_us = delay};
+      some.link.faults = {.delay_seed = slot_count, .max_delay_us = delay};
       Runtime runtime{store(), some};
       std::mt19937 random{17};
       run(runtime, prefill(random));
@@ -516,15 +516,21 @@ TEST(Runtime, what_is_resident_moves_no_byte) {
 TEST(Runtime, a_budget_under_one_wave_is_refused_with_the_bytes_it_needs) {
   RuntimeOptions tiny = options(2);
   --tiny.expert_memory_bytes;
-  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              Runtime{store(), tiny};
+            }),
             "expert_memory of 4.5 KiB holds 1 experts of 2.2 KiB; one token needs 2 at once: give "
             "at least 4608 bytes (4.5 KiB)");
   tiny.expert_memory_bytes = 1;
-  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              Runtime{store(), tiny};
+            }),
             "expert_memory of 1 bytes holds 0 experts of 2.2 KiB; one token needs 2 at once: give "
             "at least 4608 bytes (4.5 KiB)");
   tiny.experts_per_token = 9;
-  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              Runtime{store(), tiny};
+            }),
             "experts_per_token is 9, but a layer has only 8 experts");
 }
 
@@ -556,7 +562,7 @@ TEST(Runtime, a_failed_read_fails_the_call_that_needs_it_once_with_the_expert_na
   for (std::uint64_t copy = 1; copy <= 12; ++copy) {
     SCOPED_TRACE(::testing::Message() << "copy " << copy);
     RuntimeOptions one_thread = options(4);
-    one_thread.device.copy_threads = 1;  // the n-th copy belongs to a known expert
+    one_thread.link.copy_threads = 1;  // the n-th copy belongs to a known expert
     Runtime runtime{store(), one_thread};
     LayerCall call = random_call(random, 1, 1);
     call.index = {6, 2};
@@ -605,7 +611,7 @@ TEST(Runtime, a_file_that_was_cut_off_is_named_and_read_again_once_it_is_whole) 
 TEST(Runtime, a_failed_read_ahead_harms_nobody) {
   std::mt19937 random{23};
   RuntimeOptions one_thread = options(all_slots);
-  one_thread.device.copy_threads = 1;
+  one_thread.link.copy_threads = 1;
   Runtime runtime{store(), one_thread};
   const auto calls = prefill(random);
   forward(runtime, calls[0]);  // all 48 copies of layer 0 have been admitted: what follows is ahead
@@ -644,7 +650,7 @@ TEST(Runtime, may_go_while_copies_are_under_way) {
   const auto calls = prefill(random);
   for (int round = 0; round < 20; ++round) {
     RuntimeOptions slow = options(all_slots);
-    slow.device.faults = {.delay_seed = 25, .max_delay_us = 100};
+    slow.link.faults = {.delay_seed = 25, .max_delay_us = 100};
     Runtime runtime{store(), slow};
     forward(runtime, calls[0]);  // layer 1 is being read ahead
   }
