@@ -17,9 +17,7 @@ void Marks::retire_passed() {
   }
 }
 
-Marks::Open* Marks::find(Mark mark) {
-  return mark < first_ ? nullptr : &open_[mark - first_];
-}
+Marks::Open* Marks::find(Mark mark) { return mark < first_ ? nullptr : &open_[mark - first_]; }
 
 Mark Marks::record(cudaStream_t consumer) {
   const CurrentDevice device{device_index_};

@@ -113,7 +113,7 @@ class Device {
 
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;  ///< "host" or "cuda:<index>"
 
-  /// Device memory, aligned to 4096 bytes. @throws OutOfMemory, naming the bytes asked.
+  /// Device memory, aligned to 256 bytes. @throws OutOfMemory, naming the bytes asked.
   [[nodiscard]] virtual std::byte* allocate(std::size_t bytes) = 0;
   virtual void deallocate(std::byte* data, std::size_t bytes) noexcept = 0;
 

@@ -112,8 +112,8 @@ bool intercepted(std::string_view function, cudaError_t& planted) {
   return true;
 }
 
-#define SPMOE_FAKE_CALL()                                            \
-  const std::scoped_lock lock{state->mutex};                         \
+#define SPMOE_FAKE_CALL()                    \
+  const std::scoped_lock lock{state->mutex}; \
   if (cudaError_t planted{}; intercepted(__func__, planted)) return result(planted)
 
 void serve(CUstream_st& stream) {
@@ -167,15 +167,14 @@ void note_access(const CUstream_st& stream, std::span<const std::byte> bytes, bo
     if (before.end <= begin || end <= before.begin || (!before.write && !write)) return false;
     const auto seen = stream.clock.find(before.stream);
     if (seen == stream.clock.end() || seen->second < before.time) {
-      state->violations.emplace_back(
-          write ? (before.write ? "written while a copy into it may be under way"
-                                : "written while it may be read")
-                : "read while its fill may be under way");
+      state->violations.emplace_back(write ? (before.write
+                                                  ? "written while a copy into it may be under way"
+                                                  : "written while it may be read")
+                                           : "read while its fill may be under way");
     }
     return write && begin <= before.begin && before.end <= end;
   });
-  state->accesses.push_back(
-      {begin, end, write, stream.number, stream.clock.at(stream.number)});
+  state->accesses.push_back({begin, end, write, stream.number, stream.clock.at(stream.number)});
 }
 
 bool inside(const std::map<const std::byte*, std::size_t>& memory, const void* data,
@@ -214,12 +213,12 @@ cudaError_t copy(void* dst, const void* src, std::size_t bytes, cudaStream_t han
   return cudaSuccess;
 }
 
-cudaError_t allocate(void** data, std::size_t bytes, std::map<const std::byte*, std::size_t>& memory,
-                     std::size_t limit) {
+cudaError_t allocate(void** data, std::size_t bytes,
+                     std::map<const std::byte*, std::size_t>& memory, std::size_t limit) {
   std::size_t used = 0;
   for (const auto& [start, size] : memory) used += size;
   if (bytes > limit - used) return cudaErrorMemoryAllocation;
-  *data = ::operator new(bytes, std::align_val_t{256});
+  *data = ::operator new (bytes, std::align_val_t{256});
   std::memset(*data, 0, bytes);
   memory.emplace(static_cast<std::byte*>(*data), bytes);
   return cudaSuccess;
@@ -234,7 +233,7 @@ cudaError_t release(void* data, std::map<const std::byte*, std::size_t>& memory)
     return access.begin < end && found->first < access.end;
   });
   memory.erase(found);
-  ::operator delete(data, std::align_val_t{256});
+  ::operator delete (data, std::align_val_t{256});
   return cudaSuccess;
 }
 
@@ -307,13 +306,13 @@ cudaError_t launch(cudaStream_t handle, std::vector<std::span<const std::byte>> 
   const std::scoped_lock lock{state->mutex};
   if (cudaError_t planted{}; intercepted("cudaLaunchKernel", planted)) return result(planted);
   CUstream_st& stream = actual(handle);
-  enqueue(stream, [kernel = std::move(kernel),
-                   wait = delay()](std::unique_lock<std::mutex>& work_lock) {
-    work_lock.unlock();
-    std::this_thread::sleep_for(wait);
-    kernel();
-    work_lock.lock();
-  });
+  enqueue(stream,
+          [kernel = std::move(kernel), wait = delay()](std::unique_lock<std::mutex>& work_lock) {
+            work_lock.unlock();
+            std::this_thread::sleep_for(wait);
+            kernel();
+            work_lock.lock();
+          });
   for (const auto bytes : reads) note_access(stream, bytes, false);
   return cudaSuccess;
 }

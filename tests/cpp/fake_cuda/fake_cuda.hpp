@@ -16,10 +16,10 @@ namespace spmoe::fake_cuda {
 
 struct Settings {
   int device_count = 1;
-  std::size_t memory_bytes = std::size_t{1} << 30;         ///< of the device
-  std::size_t pinned_bytes = std::size_t{1} << 30;         ///< that can be page-locked
-  cudaError_t device_count_status = cudaSuccess;           ///< what `cudaGetDeviceCount` says
-  std::uint32_t delay_seed = 1;                            ///< of the time that work takes
+  std::size_t memory_bytes = std::size_t{1} << 30;  ///< of the device
+  std::size_t pinned_bytes = std::size_t{1} << 30;  ///< that can be page-locked
+  cudaError_t device_count_status = cudaSuccess;    ///< what `cudaGetDeviceCount` says
+  std::uint32_t delay_seed = 1;                     ///< of the time that work takes
   std::uint32_t max_delay_us = 30;
 };
 
