@@ -90,13 +90,15 @@ class CudaDevice final : public Device {
     return std::make_unique<CudaStream>(pool_, priority);
   }
 
-  Mark mark(std::uintptr_t consumer) override { return marks_.record(as_stream(consumer)); }
+  Mark mark(std::uintptr_t consumer) override {
+    return marks_.record(as_stream(consumer), HostWait::sleep);
+  }
 
-  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes,
-                 std::uintptr_t consumer) override {
+  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t consumer,
+                 HostWait how) override {
     const cudaStream_t stream = as_stream(consumer);
     SPMOE_CUDA_TRY(cudaMemcpyAsync(pinned, data, bytes, cudaMemcpyDefault, stream));
-    return marks_.record(stream);
+    return marks_.record(stream, how);
   }
   void wait(Mark mark) override { marks_.wait(mark); }
 

@@ -12,21 +12,23 @@ void Marks::retire_passed() {
       return;
     }
     check(status, "work on the consumer's stream");
-    free_.push_back(open_.pop().event);
+    Open passed = open_.pop();
+    free(passed.how).push_back(std::move(passed.event));
     ++first_;
   }
 }
 
 Marks::Open* Marks::find(Mark mark) { return mark < first_ ? nullptr : &open_[mark - first_]; }
 
-Mark Marks::record(cudaStream_t consumer) {
+Mark Marks::record(cudaStream_t consumer, HostWait how) {
   const CurrentDevice device{device_index_};
   const std::scoped_lock lock{mutex_};
   retire_passed();
-  if (free_.empty()) free_.push_back(make_event(/*blocking=*/false));
-  SPMOE_CUDA_TRY(cudaEventRecord(free_.back().get(), consumer));
-  open_.push({std::move(free_.back()), 0});
-  free_.pop_back();
+  std::vector<Event>& events = free(how);
+  if (events.empty()) events.push_back(make_event(how == HostWait::sleep));
+  SPMOE_CUDA_TRY(cudaEventRecord(events.back().get(), consumer));
+  open_.push({std::move(events.back()), how, 0});
+  events.pop_back();
   return first_ + open_.size() - 1;
 }
 

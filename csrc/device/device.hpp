@@ -24,6 +24,9 @@ enum class StreamPriority : std::uint8_t { prefetch, demand };
 /// that was queued there before. 0 has passed, and so has every one on a device without streams.
 using Mark = std::uint64_t;
 
+/// How a thread waits for a mark: `spin` wakes at once, `sleep` leaves the core to others.
+enum class HostWait : std::uint8_t { spin, sleep };
+
 /// Copies that end together; their destinations must not overlap, for they run in no particular
 /// order.
 struct CopyBatch {
@@ -126,10 +129,10 @@ class Device {
   /// Marks the present end of the queue of `consumer`. @throws DeviceError.
   [[nodiscard]] virtual Mark mark(std::uintptr_t consumer) = 0;
 
-  /// Enqueues on `consumer` a copy of device memory into pinned memory, and marks its end.
-  /// @throws DeviceError.
+  /// Enqueues on `consumer` a copy of device memory into pinned memory, and marks its end, for
+  /// which `wait` waits as `how` says. @throws DeviceError.
   [[nodiscard]] virtual Mark read_back(std::byte* pinned, const void* data, std::size_t bytes,
-                                       std::uintptr_t consumer) = 0;
+                                       std::uintptr_t consumer, HostWait how) = 0;
 
   /// Blocks the calling thread until `mark` has passed. @throws DeviceError if work before failed.
   virtual void wait(Mark mark) = 0;

@@ -88,7 +88,8 @@ class HostDevice final : public Device {
     return std::make_unique<HostStream>(pool_, priority);
   }
   Mark mark(std::uintptr_t) override { return 0; }
-  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t) override {
+  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t,
+                 HostWait) override {
     if (bytes > 0) std::memcpy(pinned, data, bytes);
     return 0;
   }

@@ -9,9 +9,9 @@
 namespace spmoe {
 
 CopyLane::CopyLane(Device& device, StreamPriority priority, OnNotice on_notice)
-    : stream_{device.make_stream(priority)}, on_notice_{std::move(on_notice)}, worker_{[this] {
-        work();
-      }} {}
+    : stream_{device.make_stream(priority)},
+      on_notice_{std::move(on_notice)},
+      worker_{[this] { work(); }} {}
 
 CopyLane::~CopyLane() {
   {

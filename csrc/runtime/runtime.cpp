@@ -21,6 +21,9 @@ constexpr std::size_t prefetch_window = 2;
 
 constexpr std::uint64_t slot_alignment = 256;
 
+// Predictions on their way from the device: some draft steps ahead of the worker.
+constexpr std::size_t letters_a_layer = 8;
+
 constexpr std::size_t min_index = 4096;  // bytes: what a verification's router chooses
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
@@ -59,6 +62,11 @@ std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
 Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
     : store_{std::move(store)},
       device_{make_device(options.device, options.link)},
+      pinned_{options.pinned_memory_bytes == 0
+                  ? nullptr
+                  : std::make_unique<PinnedStore>(store_, *device_, options.pinned_memory_bytes,
+                                                  options.link.copy_threads,
+                                                  options.pinned_progress)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
       compute_{make_layer_compute(store_->format(), options)},
@@ -80,6 +88,15 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
   const auto listener = [this](const CopyLane::FillNotice& notice) { on_notice(notice); };
   demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, listener);
   prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, listener);
+  mailbox_ = std::make_shared<ScoreMailbox>(
+      *device_, store_->expert_count(), letters_a_layer * store_->layer_count(),
+      [this](const ScoreMailbox::Letter& letter, std::span<const float> scores) {
+        on_scores(letter, scores);
+      });
+  if (pinned_ != nullptr) {
+    pinned_bytes_ = pinned_->pinned_bytes();
+    pinned_fill_s_ = pinned_->fill_s();
+  }
 }
 
 Runtime::~Runtime() { close(); }
@@ -88,18 +105,28 @@ void Runtime::close() {
   const std::scoped_lock call{call_mutex_};
   std::unique_ptr<CopyLane> demand;
   std::unique_ptr<CopyLane> prefetch;
+  std::shared_ptr<ScoreMailbox> mailbox;
   {
     // Without lanes nothing more starts; what is under way still lands in the pool.
     const std::scoped_lock lock{mutex_};
     demand.swap(demand_lane_);
     prefetch.swap(prefetch_lane_);
+    mailbox.swap(mailbox_);
   }
+  mailbox.reset();
   demand.reset();
   prefetch.reset();
-  for (const Mark mark : last_use_) device_->wait(mark);
+  try {
+    for (const Mark mark : last_use_) device_->wait(mark);
+  } catch (const DeviceError&) {
+    // Work on the slots failed, so it has ended: they may go.
+  }
   index_.reset();
   pool_.reset();
+  pinned_.reset();
 }
+
+const ExpertStore& Runtime::blobs() const { return pinned_ == nullptr ? *store_ : *pinned_; }
 
 void Runtime::require_open(std::uint16_t layer) const {
   if (demand_lane_ == nullptr) {
@@ -142,7 +169,8 @@ std::span<const std::int64_t> Runtime::fetch_index(const LayerArgs& args) {
     index_ = std::make_unique<PinnedBuffer>(*device_, std::bit_ceil(std::max(bytes, min_index)));
   }
   // The one wait of a layer: which experts it needs decides all that follows.
-  device_->wait(device_->read_back(index_->data(), args.top_k_index, bytes, args.consumer));
+  device_->wait(
+      device_->read_back(index_->data(), args.top_k_index, bytes, args.consumer, HostWait::spin));
   return {reinterpret_cast<const std::int64_t*>(index_->data()), count};
 }
 
@@ -238,7 +266,7 @@ void Runtime::list_copies() {
   ops_.clear();
   for (const Fill& fill : fills_) {
     std::byte* place = slot_data(fill.slot);
-    for (const Extent& extent : store_->extents(fill.expert)) {
+    for (const Extent& extent : blobs().extents(fill.expert)) {
       ops_.push_back({place, extent});
       place += extent.bytes;
     }
@@ -246,7 +274,7 @@ void Runtime::list_copies() {
   batches_.clear();
   std::span<const CopyOp> rest{ops_};
   for (const Fill& fill : fills_) {
-    const std::size_t count = store_->extents(fill.expert).size();
+    const std::size_t count = blobs().extents(fill.expert).size();
     batches_.push_back({rest.first(count), last_use_[fill.slot]});
     rest = rest.subspan(count);
   }
@@ -294,6 +322,31 @@ void Runtime::predict(std::uint16_t layer, std::span<const float> scores, Predic
                           std::to_string(store_->expert_count()) + " experts"};
   }
   scheduler_.predict(layer, scores, source);
+  start_fills();
+}
+
+void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource source,
+                      std::uintptr_t consumer) {
+  std::shared_ptr<ScoreMailbox> mailbox;
+  std::uint64_t iteration = 0;
+  {
+    const std::scoped_lock lock{mutex_};
+    require_open(layer);
+    mailbox = mailbox_;
+    iteration = iterations_;
+  }
+  if (mailbox->send({layer, source, iteration}, scores, consumer)) return;
+  const std::scoped_lock lock{mutex_};
+  ++dropped_predictions_;
+}
+
+void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores) {
+  const std::scoped_lock lock{mutex_};
+  if (letter.iteration != iterations_ || demand_lane_ == nullptr) {
+    ++dropped_predictions_;
+    return;
+  }
+  scheduler_.predict(letter.layer, scores, letter.source);
   start_fills();
 }
 
@@ -367,6 +420,10 @@ RuntimeStats Runtime::stats() const {
   stats.policy = scheduler_.prefetch_name();
   stats.eviction = scheduler_.eviction_name();
   stats.queue_depth = scheduler_.queue_depth();
+  stats.device = device_->name();
+  stats.pinned_bytes = pinned_bytes_;
+  stats.pinned_fill_s = pinned_fill_s_;
+  stats.dropped_predictions = dropped_predictions_;
   return stats;
 }
 

@@ -17,7 +17,9 @@
 #include "device/buffer.hpp"
 #include "device/device.hpp"
 #include "runtime/copy_lane.hpp"
+#include "runtime/pinned_store.hpp"
 #include "runtime/routed_rows.hpp"
+#include "runtime/score_mailbox.hpp"
 #include "schedule/scheduler.hpp"
 #include "store/expert_store.hpp"
 
@@ -31,6 +33,8 @@ struct RuntimeOptions {
   std::string isa = "auto";      ///< of these; see make_host_expert_ffn
   std::string device = "host";   ///< or "cuda:<index>"
   DeviceOptions link;
+  std::uint64_t pinned_memory_bytes = 0;  ///< of blobs to hold in pinned memory, if it can be had
+  FillProgress pinned_progress;           ///< told while these are read
   PolicyNames policies;
   std::size_t trace_spans = 0;  ///< the latest spans of time to keep; 0: none
 };
@@ -46,6 +50,10 @@ struct RuntimeStats {
   std::string_view policy;     ///< of prefetching
   std::string_view eviction;
   std::size_t queue_depth = 0;  ///< fills that wait for the link
+  std::string_view device;
+  std::uint64_t pinned_bytes = 0;         ///< of blobs in pinned memory
+  double pinned_fill_s = 0;               ///< reading them took so long
+  std::uint64_t dropped_predictions = 0;  ///< that came from the device too late, or too many
 };
 
 /// Runs the routed experts of a model whose blobs rest in a store, in a fixed pool of slots.
@@ -78,6 +86,11 @@ class Runtime {
   void predict(std::uint16_t layer, std::span<const float> scores,
                PredictionSource source = PredictionSource::draft);
 
+  /// The same of scores in device memory, made by work on `consumer`: they take effect once that
+  /// has run. Predictions of an iteration that has ended meanwhile are dropped.
+  void predict(std::uint16_t layer, const float* scores, PredictionSource source,
+               std::uintptr_t consumer);
+
   /// What the measured costs of the machine allow from now on.
   /// @throws InvalidArgument if there is neither no budget nor one for each layer.
   void set_limits(const PrefetchLimits& limits);
@@ -109,6 +122,8 @@ class Runtime {
 
  private:
   void require_open(std::uint16_t layer) const;
+  [[nodiscard]] const ExpertStore& blobs() const;
+  void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
   [[nodiscard]] std::span<const std::int64_t> fetch_index(const LayerArgs& args);
   void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
   void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
@@ -122,6 +137,7 @@ class Runtime {
 
   const std::shared_ptr<const ExpertStore> store_;
   const std::unique_ptr<Device> device_;
+  std::unique_ptr<PinnedStore> pinned_;  // none if nothing is to be pinned
   const std::uint64_t slot_stride_;
   const SlotIndex slot_count_;
 
@@ -141,6 +157,9 @@ class Runtime {
   std::vector<Mark> last_use_;  // by slot: its next fill waits for that
   std::uint64_t iterations_ = 0;
   std::uint64_t accepted_ = 0;
+  std::uint64_t dropped_predictions_ = 0;
+  std::uint64_t pinned_bytes_ = 0;
+  double pinned_fill_s_ = 0;
   std::size_t prefetches_ = 0;  // in flight
   std::vector<Fill> fills_;     // being started: demands, then prefetches
   std::vector<CopyOp> ops_;     // of all of these
@@ -148,6 +167,7 @@ class Runtime {
   std::unique_ptr<Buffer> pool_;
   std::unique_ptr<CopyLane> demand_lane_;
   std::unique_ptr<CopyLane> prefetch_lane_;
+  std::shared_ptr<ScoreMailbox> mailbox_;
 };
 
 }  // namespace spmoe

@@ -54,7 +54,9 @@ class RejectingDevice final : public Device {
   std::byte* allocate_pinned(std::size_t) override { return nullptr; }
   void deallocate_pinned(std::byte*, std::size_t) noexcept override {}
   Mark mark(std::uintptr_t) override { return 0; }
-  Mark read_back(std::byte*, const void*, std::size_t, std::uintptr_t) override { return 0; }
+  Mark read_back(std::byte*, const void*, std::size_t, std::uintptr_t, HostWait) override {
+    return 0;
+  }
   void wait(Mark) override {}
   LinkStats link_stats() const override { return {}; }
   void inject(const LinkFaults&) override {}

@@ -19,140 +19,11 @@
 #include "base/convert.hpp"
 #include "base/error.hpp"
 #include "fake_store.hpp"
+#include "layer_calls.hpp"
 #include "message_of.hpp"
 
 namespace spmoe {
 namespace {
-
-constexpr BlobFormat format{.hidden = 24, .inter = 16, .dtype = DType::bf16};  // 2304 bytes
-constexpr std::uint16_t layer_count = 3;
-constexpr std::uint16_t expert_count = 8;
-constexpr std::uint32_t top_k = 2;
-constexpr std::uint64_t slot_bytes = 2304;
-constexpr SlotIndex all_slots = layer_count * expert_count;
-static_assert(format.bytes() == slot_bytes);
-
-const std::shared_ptr<const FakeStore>& store() {
-  static const auto shared = std::make_shared<const FakeStore>(format, layer_count, expert_count);
-  return shared;
-}
-
-/// Small pieces, so that each blob is several copies on the link.
-RuntimeOptions options(SlotIndex slot_count) {
-  RuntimeOptions result;
-  result.expert_memory_bytes = slot_count * slot_bytes;
-  result.experts_per_token = top_k;
-  result.compute_threads = 1;
-  result.link.copy_threads = 2;
-  result.link.piece_bytes = 500;
-  return result;
-}
-
-/// One call of a layer.
-struct LayerCall {
-  std::uint16_t layer;
-  std::uint32_t tokens;
-  std::uint32_t k;
-  std::vector<float> x;
-  std::vector<std::int64_t> index;
-  std::vector<float> weights;
-};
-
-LayerCall random_call(std::mt19937& random, std::uint16_t layer, std::uint32_t tokens,
-                      std::uint32_t k = top_k) {
-  LayerCall call{layer, tokens, k, {}, {}, {}};
-  std::normal_distribution<float> normal;
-  std::uniform_real_distribution<float> weight{0.1F, 1.0F};
-  call.x.resize(std::size_t{tokens} * format.hidden);
-  std::ranges::generate(call.x, [&] { return normal(random); });
-  std::vector<std::int64_t> experts(expert_count);
-  std::iota(experts.begin(), experts.end(), 0);
-  for (std::uint32_t token = 0; token < tokens; ++token) {
-    std::ranges::shuffle(experts, random);
-    call.index.insert(call.index.end(), experts.begin(), experts.begin() + k);
-    for (std::uint32_t i = 0; i < k; ++i) call.weights.push_back(weight(random));
-  }
-  return call;
-}
-
-/// A pass over all layers by so many rows that every expert of every layer is needed.
-std::vector<LayerCall> prefill(std::mt19937& random) {
-  std::vector<LayerCall> calls;
-  for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
-    calls.push_back(random_call(random, layer, 40));
-    for (std::size_t i = 0; i < expert_count; ++i) {
-      calls.back().index[2 * i] = static_cast<std::int64_t>(i);
-    }
-  }
-  return calls;
-}
-
-/// A prompt and some verifications of 1 to 5 positions.
-std::vector<LayerCall> conversation(std::uint32_t seed) {
-  std::mt19937 random{seed};
-  std::vector<LayerCall> calls = prefill(random);
-  for (int iteration = 0; iteration < 8; ++iteration) {
-    const auto tokens = static_cast<std::uint32_t>(1 + random() % 5);
-    for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
-      calls.push_back(random_call(random, layer, tokens));
-    }
-  }
-  return calls;
-}
-
-std::vector<float> forward(Runtime& runtime, const LayerCall& call) {
-  std::vector<float> out(call.x.size(), std::nanf(""));
-  LayerArgs args;
-  args.tokens = call.tokens;
-  args.k = call.k;
-  args.x = call.x.data();
-  args.top_k_index = call.index.data();
-  args.top_k_weights = call.weights.data();
-  args.out = out.data();
-  runtime.forward(call.layer, args);
-  return out;
-}
-
-std::vector<std::vector<float>> run(Runtime& runtime, const std::vector<LayerCall>& calls) {
-  std::vector<std::vector<float>> outs;
-  for (const LayerCall& call : calls) {
-    outs.push_back(forward(runtime, call));
-    if (call.layer + 1 == layer_count) runtime.end_iteration(1);
-  }
-  return outs;
-}
-
-/// What `conversation(seed)` gives with everything resident, one thread at each place.
-const std::vector<std::vector<float>>& plain_outputs(std::uint32_t seed) {
-  static std::vector<std::pair<std::uint32_t, std::vector<std::vector<float>>>> known;
-  for (const auto& [of, outs] : known) {
-    if (of == seed) return outs;
-  }
-  RuntimeOptions plain = options(all_slots);
-  plain.link.copy_threads = 1;
-  Runtime runtime{store(), plain};
-  return known.emplace_back(seed, run(runtime, conversation(seed))).second;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-void expect_same_bits(const std::vector<std::vector<float>>& outs, std::uint32_t seed) {
-  const auto& wanted = plain_outputs(seed);
-  ASSERT_EQ(outs.size(), wanted.size());
-  for (std::size_t i = 0; i < outs.size(); ++i) {
-    ASSERT_TRUE(same_bits(outs[i], wanted[i])) << "call " << i << ", seed " << seed;
-  }
-}
-
-LayerStats total(const Runtime& runtime) {
-  LayerStats sum;
-  for (const LayerStats& layer : runtime.stats().layers) sum += layer;
-  return sum;
-}
-
-std::uint64_t moved(const LayerStats& stats) { return stats.demand_bytes + stats.prefetch_bytes; }
 
 /// The definition, in double precision.
 std::vector<double> reference(const FakeStore& of, const LayerCall& call) {
@@ -516,21 +387,15 @@ TEST(Runtime, what_is_resident_moves_no_byte) {
 TEST(Runtime, a_budget_under_one_wave_is_refused_with_the_bytes_it_needs) {
   RuntimeOptions tiny = options(2);
   --tiny.expert_memory_bytes;
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              Runtime{store(), tiny};
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
             "expert_memory of 4.5 KiB holds 1 experts of 2.2 KiB; one token needs 2 at once: give "
             "at least 4608 bytes (4.5 KiB)");
   tiny.expert_memory_bytes = 1;
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              Runtime{store(), tiny};
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
             "expert_memory of 1 bytes holds 0 experts of 2.2 KiB; one token needs 2 at once: give "
             "at least 4608 bytes (4.5 KiB)");
   tiny.experts_per_token = 9;
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              Runtime{store(), tiny};
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { Runtime{store(), tiny}; }),
             "experts_per_token is 9, but a layer has only 8 experts");
 }
 

@@ -218,7 +218,7 @@ cudaError_t allocate(void** data, std::size_t bytes,
   std::size_t used = 0;
   for (const auto& [start, size] : memory) used += size;
   if (bytes > limit - used) return cudaErrorMemoryAllocation;
-  *data = ::operator new (bytes, std::align_val_t{256});
+  *data = ::operator new(bytes, std::align_val_t{256});
   std::memset(*data, 0, bytes);
   memory.emplace(static_cast<std::byte*>(*data), bytes);
   return cudaSuccess;
@@ -233,7 +233,7 @@ cudaError_t release(void* data, std::map<const std::byte*, std::size_t>& memory)
     return access.begin < end && found->first < access.end;
   });
   memory.erase(found);
-  ::operator delete (data, std::align_val_t{256});
+  ::operator delete(data, std::align_val_t{256});
   return cudaSuccess;
 }
 
