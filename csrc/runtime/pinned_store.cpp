@@ -19,6 +19,9 @@ namespace {
 // Systems that refuse to lock much memory at once may still lock it piece by piece.
 constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << 30;
 
+// Of what a system lets be locked, this share is left to others: torch, and long prompts.
+constexpr std::size_t spared_share = 16;
+
 constexpr std::uint64_t alignment = 256;
 
 }  // namespace
@@ -52,18 +55,29 @@ void PinnedStore::allocate(Device& device, std::uint64_t budget_bytes) {
   const std::size_t all = std::size_t{layer_count()} * expert_count();
   std::size_t wanted = std::min<std::size_t>(all, budget_bytes / stride_);
   std::size_t chunk = std::max<std::size_t>(most_chunk_bytes / stride_, 1);
+  bool refused = false;
   while (wanted > 0 && chunk > 0) {
     chunk = std::min(chunk, wanted);
     try {
       chunks_.push_back(std::make_unique<PinnedBuffer>(device, chunk * stride_));
     } catch (const OutOfMemory&) {
       chunk /= 2;  // the budget is what can be had
+      refused = true;
       continue;
     }
     for (std::size_t i = 0; i < chunk; ++i) {
       pinned_.push_back({chunks_.back()->data(), -1, i * stride_, store_->format().bytes()});
     }
     wanted -= chunk;
+  }
+  if (refused) give_back(pinned_.size() / spared_share + 1);
+}
+
+void PinnedStore::give_back(std::size_t blobs) {
+  const std::size_t kept = pinned_.size() - std::min(blobs, pinned_.size());
+  while (pinned_.size() > kept) {
+    pinned_.resize(pinned_.size() - chunks_.back()->bytes() / stride_);
+    chunks_.pop_back();
   }
 }
 

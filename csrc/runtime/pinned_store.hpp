@@ -20,8 +20,9 @@ using FillProgress = std::function<void(std::uint64_t done_bytes, std::uint64_t 
 /// destroyed before the device.
 class PinnedStore final : public ExpertStore {
  public:
-  /// Takes up to `budget_bytes` of pinned memory, less if the device refuses, in chunks, and reads
-  /// blobs into it on `threads` threads. A file's pages do not stay in the system's cache.
+  /// Takes up to `budget_bytes` of pinned memory, in chunks, less if the device refuses: then what
+  /// can be had but a spare. Reads blobs into it on `threads` threads. A file's pages do not stay
+  /// in the system's cache.
   /// @throws DeviceError if a blob cannot be read, naming it.
   PinnedStore(std::shared_ptr<const ExpertStore> store, Device& device, std::uint64_t budget_bytes,
               unsigned threads, const FillProgress& progress = {});
@@ -47,6 +48,7 @@ class PinnedStore final : public ExpertStore {
  private:
   [[nodiscard]] ExpertId expert(std::size_t place) const;  // the order in which they are pinned
   void allocate(Device& device, std::uint64_t budget_bytes);
+  void give_back(std::size_t blobs);
   void fill(unsigned threads, const FillProgress& progress);
   void read(std::size_t place) const;
 

@@ -24,7 +24,7 @@ constexpr std::uint64_t slot_alignment = 256;
 // Predictions on their way from the device: some draft steps ahead of the worker.
 constexpr std::size_t letters_a_layer = 8;
 
-constexpr std::size_t min_index = 4096;  // bytes: what a verification's router chooses
+constexpr std::size_t verified_index_bytes = 4096;  // what the router chooses in a verification
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
   return (bytes + unit - 1) / unit * unit;
@@ -62,11 +62,6 @@ std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
 Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
     : store_{std::move(store)},
       device_{make_device(options.device, options.link)},
-      pinned_{options.pinned_memory_bytes == 0
-                  ? nullptr
-                  : std::make_unique<PinnedStore>(store_, *device_, options.pinned_memory_bytes,
-                                                  options.link.copy_threads,
-                                                  options.pinned_progress)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
       compute_{make_layer_compute(store_->format(), options)},
@@ -79,6 +74,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       trace_{options.trace_spans},
       last_use_(slot_count_, 0),
       pool_{std::make_unique<Buffer>(*device_, slot_count_ * slot_stride_)} {
+  index_ = std::make_unique<PinnedBuffer>(*device_, verified_index_bytes);
   tasks_.reserve(store_->expert_count());
   ready_.reserve(store_->expert_count());
   const std::size_t fills_at_once = store_->expert_count() + prefetch_window;
@@ -93,7 +89,10 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       [this](const ScoreMailbox::Letter& letter, std::span<const float> scores) {
         on_scores(letter, scores);
       });
-  if (pinned_ != nullptr) {
+  // After all other pinned memory, for it takes what there is.
+  if (options.pinned_memory_bytes > 0) {
+    pinned_ = std::make_unique<PinnedStore>(store_, *device_, options.pinned_memory_bytes,
+                                            options.link.copy_threads, options.pinned_progress);
     pinned_bytes_ = pinned_->pinned_bytes();
     pinned_fill_s_ = pinned_->fill_s();
   }
@@ -166,7 +165,7 @@ std::span<const std::int64_t> Runtime::fetch_index(const LayerArgs& args) {
   const std::size_t bytes = count * sizeof(std::int64_t);
   if (index_ == nullptr || index_->bytes() < bytes) {
     index_.reset();
-    index_ = std::make_unique<PinnedBuffer>(*device_, std::bit_ceil(std::max(bytes, min_index)));
+    index_ = std::make_unique<PinnedBuffer>(*device_, std::bit_ceil(bytes));
   }
   // The one wait of a layer: which experts it needs decides all that follows.
   device_->wait(

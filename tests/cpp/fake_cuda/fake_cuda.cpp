@@ -28,6 +28,7 @@ void merge(Clock& into, const Clock& other) {
 
 /// What `cudaEventRecord` captured: passes when the stream gets there.
 struct Recording {
+  cudaStream_t stream = nullptr;
   Clock clock;
   bool passed = false;
   cudaError_t status = cudaSuccess;
@@ -73,7 +74,7 @@ struct State {
   std::minstd_rand random;
   std::map<std::string, std::uint64_t, std::less<>> calls;
   std::map<std::string, std::map<std::uint64_t, cudaError_t>, std::less<>> planted;  // by call
-  std::set<std::string, std::less<>> skipped;
+  std::map<Session::Wait, std::function<bool(cudaStream_t)>> forgotten;
   std::uint64_t copies = 0;
   std::uint64_t failing_copy = 0;
   std::map<const std::byte*, std::size_t> device_memory;
@@ -96,14 +97,15 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
+bool forgotten(Session::Wait wait, cudaStream_t stream) {
+  const auto found = state->forgotten.find(wait);
+  return found != state->forgotten.end() && found->second(stream);
+}
+
 /// Counts a call. True if it is to do nothing but return `planted`.
 bool intercepted(std::string_view function, cudaError_t& planted) {
   const auto name = std::string{function};
   const std::uint64_t nth = ++state->calls[name];
-  if (state->skipped.contains(function)) {
-    planted = cudaSuccess;
-    return true;
-  }
   const auto plants = state->planted.find(function);
   if (plants == state->planted.end()) return false;
   const auto found = plants->second.find(nth);
@@ -199,7 +201,7 @@ cudaError_t copy(void* dst, const void* src, std::size_t bytes, cudaStream_t han
     state->violations.emplace_back("a copy that is not between device and page-locked memory");
     return cudaErrorInvalidValue;
   }
-  const bool fails = ++state->copies == state->failing_copy;
+  const bool fails = to_device && ++state->copies == state->failing_copy;
   CUstream_st& stream = actual(handle);
   enqueue(stream, [=, wait = delay(), &stream](std::unique_lock<std::mutex>& lock) {
     lock.unlock();
@@ -263,13 +265,9 @@ void Session::fail(std::string_view function, std::uint64_t nth, cudaError_t err
   state->planted[name][state->calls[name] + nth] = error;
 }
 
-void Session::skip(std::string_view function, std::uint64_t nth) {
-  fail(function, nth, cudaSuccess);
-}
-
-void Session::skip_all(std::string_view function) {
+void Session::forget(Wait wait, std::function<bool(cudaStream_t)> which) {
   const std::scoped_lock lock{state->mutex};
-  state->skipped.emplace(function);
+  state->forgotten[wait] = std::move(which);
 }
 
 void Session::fail_copy_on_its_way(std::uint64_t nth) {
@@ -404,7 +402,9 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   SPMOE_FAKE_CALL();
   if (!state->events.contains(event)) return result(cudaErrorInvalidValue);
-  if (event->recording == nullptr) return cudaSuccess;
+  if (event->recording == nullptr || forgotten(Session::Wait::of_stream, handle)) {
+    return cudaSuccess;
+  }
   CUstream_st& stream = actual(handle);
   merge(stream.clock, event->recording->clock);
   enqueue(stream, [recording = event->recording](std::unique_lock<std::mutex>& work_lock) {
@@ -436,6 +436,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
     recording->status = std::exchange(stream.status, cudaSuccess);
     recording->passed = true;
   });
+  recording->stream = handle;
   recording->clock = stream.clock;
   event->recording = recording;
   return cudaSuccess;
@@ -455,7 +456,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (cudaError_t planted{}; intercepted(__func__, planted)) return result(planted);
   if (!state->events.contains(event)) return result(cudaErrorInvalidValue);
   const auto recording = event->recording;
-  if (recording == nullptr) return cudaSuccess;
+  if (recording == nullptr || forgotten(Session::Wait::of_host, recording->stream)) {
+    return cudaSuccess;
+  }
   state->changed.wait(lock, [&] { return recording->passed; });
   merge(state->host, recording->clock);
   return result(recording->status);

@@ -35,13 +35,13 @@ class Session {
   /// The n-th call of `function` from now on, from 1, returns `error` and does nothing.
   void fail(std::string_view function, std::uint64_t nth, cudaError_t error);
 
-  /// The n-th call from now on returns success and does nothing: a planted mistake of the caller.
-  void skip(std::string_view function, std::uint64_t nth);
+  /// Whose waits are left out, as if the backend had none: a planted mistake.
+  enum class Wait { of_stream, of_host };
+  /// From now on nothing waits that is of a stream which `which` picks: the stream itself for an
+  /// event, or the host for an event recorded there.
+  void forget(Wait wait, std::function<bool(cudaStream_t)> which);
 
-  /// Every call from now on does: the caller forgets it altogether.
-  void skip_all(std::string_view function);
-
-  /// The n-th copy from now on is accepted, and fails on its way.
+  /// The n-th copy to the device from now on is accepted, and fails on its way.
   void fail_copy_on_its_way(std::uint64_t nth);
 
   [[nodiscard]] std::uint64_t calls(std::string_view function) const;
