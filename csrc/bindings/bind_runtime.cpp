@@ -127,8 +127,8 @@ void bind_runtime(py::module_& m) {
              options.isa = std::move(isa);
              options.policies = {std::move(policy), std::move(eviction)};
              options.trace_spans = trace_spans;
-             options.device.copy_threads = copy_threads;
-             options.device.link_gbps = link_gbps;
+             options.link.copy_threads = copy_threads;
+             options.link.link_gbps = link_gbps;
              py::gil_scoped_release unlocked;
              return std::make_unique<Runtime>(std::move(store), options);
            }),
