@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import spmoe
 from spmoe import cli
 
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
@@ -95,3 +96,11 @@ def test_linear_rows(tmp_path: Path) -> None:
     assert len(rows) == 2 * 5
     assert all(row["usual_gbps"] > 0 and row["turned_gbps"] > 0 for row in rows)
     assert "8x16" in printed
+
+
+def test_synthetic_checkpoint(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    options = ["--layers", 1, "--shrink", 64]
+    printed = run("synthetic_checkpoint.py", "mixtral-8x7b", directory, *options)
+    assert printed.startswith(f"{directory}: mixtral-8x7b, 0.0")
+    assert spmoe.open_store(sorted(directory.glob("*.safetensors"))).expert_count == 8
