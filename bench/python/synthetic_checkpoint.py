@@ -33,6 +33,7 @@ from spmoe.cli.options import progress_bar
 from spmoe.config import format_bytes
 from spmoe.demo.checkpoint import SHARD_BYTES, write_weights
 from spmoe.errors import Error
+from spmoe.models.experts import ExpertFormat, describe, find_layers, without_experts
 from spmoe.progress import Progress, silent
 
 # Each model's own config.json, as far as it sets sizes. "layers" are those with routed experts.
@@ -152,6 +153,7 @@ _WIDTHS = (
     "vocab_size",
 )
 _SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+_TOKENS = 256 + len(_SPECIAL_TOKENS)  # a byte each, and these
 # Of the random numbers that all weights are cut from; a prime, so that no two rows are alike.
 _POOL_LENGTH = (1 << 25) - 39
 
@@ -171,6 +173,7 @@ def make_config(shape: str, *, layers: int | None = None, shrink: int = 1) -> Pr
     for width in _WIDTHS:
         if width in sizes:
             sizes[width] //= shrink
+    sizes["vocab_size"] = max(sizes["vocab_size"], _TOKENS)
     dense_layers = sizes.get("first_k_dense_replace", 0)
     return AutoConfig.for_model(
         **sizes, num_hidden_layers=dense_layers + (layers or moe_layers), tie_word_embeddings=False
@@ -183,6 +186,13 @@ def hub_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
         model: PreTrainedModel = _AutoModel.from_config(config, dtype=torch.bfloat16)
     tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
     return dict(sorted(tensors.items(), key=lambda item: _natural(item[0])))
+
+
+def expert_format(config: PreTrainedConfig) -> ExpertFormat:
+    """Return what `spmoe.open_store` and `spmoe.Runtime` must be told of the experts."""
+    with without_experts(config), torch.device("meta"):
+        layers = find_layers(_AutoModel.from_config(config))
+    return describe(layers)
 
 
 def write_checkpoint(

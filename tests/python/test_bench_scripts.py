@@ -11,6 +11,7 @@ import pytest
 
 import spmoe
 from spmoe import cli
+from spmoe.runtime import POLICIES
 
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
 
@@ -104,3 +105,39 @@ def test_synthetic_checkpoint(tmp_path: Path) -> None:
     printed = run("synthetic_checkpoint.py", "mixtral-8x7b", directory, *options)
     assert printed.startswith(f"{directory}: mixtral-8x7b, 0.0")
     assert spmoe.open_store(sorted(directory.glob("*.safetensors"))).expert_count == 8
+
+
+TRIAL = ["mixtral-8x7b", "--layers", 2, "--shrink", 64, "--requests", 1, "--iterations", 2]
+
+
+def test_replay_routing_by_a_model(tmp_path: Path) -> None:
+    files = ["--checkpoint", tmp_path / "model", "--json", tmp_path / "out.json"]
+    options = ["--expert-memory", "50%,100%", "--link-gbps", "0,1", "--draft-length", 2]
+    printed = run("replay_routing.py", *TRIAL, *options, *files, "--md", tmp_path / "out.md")
+    assert (tmp_path / "out.md").read_text() == printed
+    assert "Driven by a statistical model: 38% (first layer) to 54% (last)" in printed
+    assert "random weights" in printed
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * len(POLICIES)
+    assert all(row["tokens"] >= row["iterations"] == 2 for row in rows)
+    assert {(row["paced"], row["link_gbps"]) for row in rows} == {(False, 0.0), (True, 1.0)}
+    options = ["--policies", "on-demand", "--expert-memory", "50%"]
+    again = run("replay_routing.py", *TRIAL, *options, *files)
+    assert "on-demand + lru" in again  # over the checkpoint that is there
+
+
+def test_replay_routing_by_a_recording(target_path: Path, prompts: Path, tmp_path: Path) -> None:
+    recording = tmp_path / "routing.json"
+    pair = [target_path, "--draft-model", target_path, "--prompts", prompts, "--draft-length", 2]
+    printed = run("record_routing.py", *pair, "-n", 8, "--out", recording)
+    assert printed.startswith(f"{recording}: 2 requests, ")
+    recorded = json.loads(recording.read_text())
+    first = recorded["requests"][0][0]
+    # The draft is the target: it is always accepted, and foretells all rows but the last.
+    assert first["accepted"] == 2
+    assert [[sorted(k) for k in row] for row in first["by_draft"]] == [
+        [sorted(k) for k in row] for row in first["experts"][:-1]
+    ]
+    printed = run("replay_routing.py", *TRIAL, "--recording", recording, "--expert-memory", "50%")
+    assert "recorded from the pair" in printed
+    assert "2 drafted, 100.0% accepted" in printed

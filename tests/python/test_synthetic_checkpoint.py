@@ -15,7 +15,7 @@ import spmoe
 from families import FAMILIES, greedy, make_checkpoint
 from spmoe.errors import Error
 from spmoe.models.loading import load_plain
-from synthetic_checkpoint import SHAPES, hub_tensors, make_config, write_checkpoint
+from synthetic_checkpoint import SHAPES, expert_format, hub_tensors, make_config, write_checkpoint
 
 # MoE layers, MB of an expert, GB of all routed experts, GB of the rest: as the models ship.
 SHIPPED = {
@@ -83,11 +83,13 @@ def test_spmoe_loads_it_and_writes_the_tokens_of_the_plain_model(
 def test_shrunk_shapes_open_as_stores_with_the_layers_asked_for(tmp_path: Path) -> None:
     for shape, sizes in SHAPES.items():
         path = tmp_path / shape
-        total = write_checkpoint(path, make_config(shape, layers=2, shrink=128))
-        store = spmoe.open_store(
-            sorted(path.glob("*.safetensors")), interleaved=sizes["model_type"] == "gpt_oss"
-        )
+        config = make_config(shape, layers=2, shrink=128)
+        total = write_checkpoint(path, config)
+        told = expert_format(config)
+        files = sorted(path.glob("*.safetensors"))
+        store = spmoe.open_store(files, interleaved=told.interleaved)
         assert (store.layer_count, store.dtype) == (2, "bfloat16")
+        assert (store.expert_count, store.hidden, store.inter) == told.shape
         assert store.hidden == sizes["hidden_size"] // 128
         assert store.total_bytes < total
         shutil.rmtree(path)
