@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +28,16 @@ from spmoe.bench.replay import Pace, Replay, Tensors, counters, to_row
 from spmoe.bench.replay_costs import measure_costs
 from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_recording
 from spmoe.cli.options import progress_bar
-from spmoe.config import default_cache
+from spmoe.config import default_cache, format_bytes, parse_memory
 from spmoe.costs import Costs
+from spmoe.doctor.machine import read_memory
 from spmoe.errors import Error
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import resolve_dtype
 from spmoe.runtime import POLICIES, Runtime
-from synthetic_checkpoint import SHAPES, expert_format, make_config, write_checkpoint
+from synthetic_checkpoint import SHAPES, expert_format, hub_tensors, make_config, write_checkpoint
+
+FREE_SHARE = 0.8  # of what is free, that --layers fit takes; the rest is for everything else
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "link GB/s": lambda row: f"{row['link_peak_gbps']:.2f}" + (" (paced)" if row["paced"] else ""),
@@ -54,7 +58,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 @click.command()
 @click.argument("shape", type=click.Choice(list(SHAPES)))
-@click.option("--layers", type=click.IntRange(min=1), help="Layers with experts; all by default.")
+@click.option(
+    "--layers",
+    default="all",
+    show_default=True,
+    help="Layers with experts: a number, all, or fit: as many as disk, RAM and device hold.",
+)
 @click.option("--shrink", type=click.IntRange(min=1), default=1, help="Divides widths, for trials.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Write there, or use what is.")
 @click.option("--device", default="host", show_default=True, help="host or cuda:N.")
@@ -91,8 +100,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 @click.option("--md", "md_path", type=click.Path(path_type=Path), help="The table in Markdown.")
 def main(json_path: Path | None, md_path: Path | None, **flags: Any) -> None:
     """Replay scripted routing over random weights of SHAPE and print a table."""
-    config = make_config(flags["shape"], layers=flags["layers"], shrink=flags["shrink"])
     try:
+        config = make_config(flags["shape"], layers=_layers(flags), shrink=flags["shrink"])
         with progress_bar(quiet=False) as progress, _checkpoint(config, flags, progress) as files:
             result = _run(config, files, flags, progress)
     except Error as error:
@@ -106,6 +115,55 @@ def main(json_path: Path | None, md_path: Path | None, **flags: Any) -> None:
         json_path.write_text(json.dumps(result, indent=1))
     if md_path is not None:
         md_path.write_text(text)
+
+
+def _layers(flags: dict[str, Any]) -> int | None:
+    """Return how many layers with experts to run; None: all that the model has."""
+    text = flags["layers"]
+    if text == "fit":
+        return fitting_layers(flags)
+    if text != "all" and not (text.isdigit() and int(text)):
+        raise click.UsageError(f'--layers "{text}" is not a number, all or fit')
+    return None if text == "all" else int(text)
+
+
+def fitting_layers(flags: dict[str, Any]) -> int:
+    """Return how many of a shape's layers disk, RAM and device hold at the largest memory.
+
+    Args:
+        flags: The options shape, shrink, device, expert_memory and checkpoint.
+
+    Raises:
+        Error: They do not hold two.
+    """
+    one, two = (
+        sum(tensor.nbytes for tensor in hub_tensors(config).values())
+        for config in (
+            make_config(flags["shape"], layers=layers, shrink=flags["shrink"]) for layers in (1, 2)
+        )
+    )
+    layer_bytes = two - one
+    memory = flags["expert_memory"].split(",")
+    pool_share = max(parse_memory(text, layer_bytes) / layer_bytes for text in memory)
+    folder: Path = flags["checkpoint"] or default_cache()
+    while not folder.exists():
+        folder = folder.parent
+    disk_bytes = shutil.disk_usage(folder).free - (one - layer_bytes)
+    ram_bytes = read_memory().usable_bytes or 0  # layers rest in the page cache, or pinned
+    # What is free, and how much of a layer goes there.
+    places = [(disk_bytes, 1.0), (ram_bytes, 1.0)]
+    if flags["device"] == "host":
+        places.append((ram_bytes, 1.0 + pool_share))
+    else:
+        places.append((torch.cuda.mem_get_info(flags["device"])[0], pool_share))
+    fitting = min(int(FREE_SHARE * free / share / layer_bytes) for free, share in places)
+    if fitting < 2:
+        raise Error(
+            f"two layers of {flags['shape']} are {format_bytes(2 * layer_bytes)}, for which "
+            "disk, RAM or device have no room: choose a smaller shape, or less "
+            "--expert-memory"
+        )
+    return min(fitting, int(SHAPES[flags["shape"]]["layers"]))
 
 
 @contextmanager

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import spmoe
+from replay_routing import fitting_layers
 from spmoe import cli
+from spmoe.errors import Error
 from spmoe.runtime import POLICIES
 
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
@@ -124,6 +127,28 @@ def test_replay_routing_by_a_model(tmp_path: Path) -> None:
     options = ["--policies", "on-demand", "--expert-memory", "50%"]
     again = run("replay_routing.py", *TRIAL, *options, *files)
     assert "on-demand + lru" in again  # over the checkpoint that is there
+
+
+def test_replay_routing_fits_layers_into_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"shape": "mixtral-8x7b", "shrink": 1, "device": "host", "checkpoint": None}
+    free = SimpleNamespace(disk=1 << 50, ram=1 << 50)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free.disk))
+    memory = lambda: SimpleNamespace(usable_bytes=free.ram)  # noqa: E731
+    monkeypatch.setattr("replay_routing.read_memory", memory)
+    assert fitting_layers(flags | {"expert_memory": "10%,50%"}) == 32
+    layer_bytes = 2.9e9  # eight experts of 352 MB, and attention
+    free.ram = 10.5 * 1.5 * layer_bytes / 0.8  # store and pool; a fifth stays free
+    assert fitting_layers(flags | {"expert_memory": "10%,50%"}) == 10
+    assert fitting_layers(flags | {"expert_memory": "100%"}) == 7
+    free.disk = 1 << 30
+    with pytest.raises(Error, match=r"two layers of mixtral-8x7b are 5\.4 GiB, for which"):
+        fitting_layers(flags | {"expert_memory": "50%"})
+
+
+@pytest.mark.needs_cuda
+def test_replay_routing_on_a_gpu() -> None:
+    options = ["--expert-memory", "50%", "--device", "cuda:0"]
+    assert "horizon + predicted-use" in run("replay_routing.py", *TRIAL, *options)
 
 
 def test_replay_routing_by_a_recording(target_path: Path, prompts: Path, tmp_path: Path) -> None:

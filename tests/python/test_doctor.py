@@ -57,9 +57,11 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(autouse=True)
-def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the driver says; torch has no CUDA, wherever the tests run."""
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the driver says; torch has no CUDA, save in tests that need it."""
     said = SimpleNamespace(count=0, reason=WITHOUT_CUDA)
+    if "needs_cuda" in request.keywords:
+        return said
     monkeypatch.setattr(report_module, "cuda_status", lambda: (said.count, said.reason))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", None)
@@ -296,3 +298,13 @@ def test_the_link_is_in_the_table_with_the_disk_apart(monkeypatch, capsys, tmp_p
     printed = run(monkeypatch, capsys)
     for text in ("link to host, page cache", "link to host, from disk", "memcpy", "12.50 GB/s"):
         assert text in printed
+
+
+@pytest.mark.needs_cuda
+def test_a_gpu_is_named_and_its_link_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SPMOE_CACHE", str(tmp_path))
+    report = examine()
+    assert not report.link_failure
+    assert report.cuda.devices[0].startswith("cuda:0 (")
+    assert [link.device for link in report.links[:2]] == ["host", "cuda:0"]
+    assert report.links[1].cached_gbps > 0
