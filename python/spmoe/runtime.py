@@ -29,6 +29,11 @@ _DTYPE_NAMES = {
 }
 
 
+def cuda_status() -> tuple[int, str]:
+    """Return how many CUDA devices spmoe can use, and if none, why."""
+    return _core.cuda_status()
+
+
 def open_store(
     files: Sequence[str | PathLike[str]],
     *,
