@@ -19,6 +19,7 @@ from spmoe.config import default_cache
 from spmoe.costs import Costs
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import LayerMap
+from spmoe.devices import device_model
 from spmoe.metrics import cpu_model
 from spmoe.models.checkpoint import find_checkpoint
 
@@ -57,6 +58,7 @@ class Fingerprint:
             pair=hashlib.sha256(json.dumps(models).encode()).hexdigest()[:16],
             machine={
                 "cpu": cpu_model(),
+                "device": device_model(device),
                 "cores": len(os.sched_getaffinity(0)),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,18 @@ import pytest
 import torch
 
 from families import make_checkpoint, make_dense_draft
+from spmoe.runtime import cuda_status
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs a CUDA device where there is none; fail it if REQUIRE_CUDA=1."""
+    if item.get_closest_marker("needs_cuda") is None:
+        return
+    count, reason = cuda_status()
+    if count and not torch.cuda.is_available():
+        count, reason = 0, "this torch was built without CUDA, or finds no device"
+    if not count:
+        (pytest.fail if os.environ.get("REQUIRE_CUDA") == "1" else pytest.skip)(reason)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import spmoe
+from replay_routing import fitting_layers
 from spmoe import cli
+from spmoe.errors import Error
+from spmoe.runtime import POLICIES
 
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
 
@@ -95,3 +100,69 @@ def test_linear_rows(tmp_path: Path) -> None:
     assert len(rows) == 2 * 5
     assert all(row["usual_gbps"] > 0 and row["turned_gbps"] > 0 for row in rows)
     assert "8x16" in printed
+
+
+def test_synthetic_checkpoint(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    options = ["--layers", 1, "--shrink", 64]
+    printed = run("synthetic_checkpoint.py", "mixtral-8x7b", directory, *options)
+    assert printed.startswith(f"{directory}: mixtral-8x7b, 0.0")
+    assert spmoe.open_store(sorted(directory.glob("*.safetensors"))).expert_count == 8
+
+
+TRIAL = ["mixtral-8x7b", "--layers", 2, "--shrink", 64, "--requests", 1, "--iterations", 2]
+
+
+def test_replay_routing_by_a_model(tmp_path: Path) -> None:
+    files = ["--checkpoint", tmp_path / "model", "--json", tmp_path / "out.json"]
+    options = ["--expert-memory", "50%,100%", "--link-gbps", "0,1", "--draft-length", 2]
+    printed = run("replay_routing.py", *TRIAL, *options, *files, "--md", tmp_path / "out.md")
+    assert (tmp_path / "out.md").read_text() == printed
+    assert "Driven by a statistical model: 38% (first layer) to 54% (last)" in printed
+    assert "random weights" in printed
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * len(POLICIES)
+    assert all(row["tokens"] >= row["iterations"] == 2 for row in rows)
+    assert {(row["paced"], row["link_gbps"]) for row in rows} == {(False, 0.0), (True, 1.0)}
+    options = ["--policies", "on-demand", "--expert-memory", "50%"]
+    again = run("replay_routing.py", *TRIAL, *options, *files)
+    assert "on-demand + lru" in again  # over the checkpoint that is there
+
+
+def test_replay_routing_fits_layers_into_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"shape": "mixtral-8x7b", "shrink": 1, "device": "host", "checkpoint": None}
+    free = SimpleNamespace(disk=1 << 50, ram=1 << 50)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free.disk))
+    memory = lambda: SimpleNamespace(usable_bytes=free.ram)  # noqa: E731
+    monkeypatch.setattr("replay_routing.read_memory", memory)
+    assert fitting_layers(flags | {"expert_memory": "10%,50%"}) == 32
+    layer_bytes = 2.9e9  # eight experts of 352 MB, and attention
+    free.ram = 10.5 * 1.5 * layer_bytes / 0.8  # store and pool; a fifth stays free
+    assert fitting_layers(flags | {"expert_memory": "10%,50%"}) == 10
+    assert fitting_layers(flags | {"expert_memory": "100%"}) == 7
+    free.disk = 1 << 30
+    with pytest.raises(Error, match=r"two layers of mixtral-8x7b are 5\.4 GiB, for which"):
+        fitting_layers(flags | {"expert_memory": "50%"})
+
+
+@pytest.mark.needs_cuda
+def test_replay_routing_on_a_gpu() -> None:
+    options = ["--expert-memory", "50%", "--device", "cuda:0"]
+    assert "horizon + predicted-use" in run("replay_routing.py", *TRIAL, *options)
+
+
+def test_replay_routing_by_a_recording(target_path: Path, prompts: Path, tmp_path: Path) -> None:
+    recording = tmp_path / "routing.json"
+    pair = [target_path, "--draft-model", target_path, "--prompts", prompts, "--draft-length", 2]
+    printed = run("record_routing.py", *pair, "-n", 8, "--out", recording)
+    assert printed.startswith(f"{recording}: 2 requests, ")
+    recorded = json.loads(recording.read_text())
+    first = recorded["requests"][0][0]
+    # The draft is the target: it is always accepted, and foretells all rows but the last.
+    assert first["accepted"] == 2
+    assert [[sorted(k) for k in row] for row in first["by_draft"]] == [
+        [sorted(k) for k in row] for row in first["experts"][:-1]
+    ]
+    printed = run("replay_routing.py", *TRIAL, "--recording", recording, "--expert-memory", "50%")
+    assert "recorded from the pair" in printed
+    assert "2 drafted, 100.0% accepted" in printed

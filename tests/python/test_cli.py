@@ -204,4 +204,4 @@ def test_a_damaged_checkpoint_is_one_message(run, target_path: Path, tmp_path: P
 
 def test_help_names_every_verb(run) -> None:
     text = run("--help").out
-    assert all(verb in text for verb in ("generate", "verify", "bench", "demo"))
+    assert all(verb in text for verb in ("generate", "verify", "bench", "demo", "doctor"))

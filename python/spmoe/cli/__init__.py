@@ -9,6 +9,7 @@ import click
 
 from spmoe.cli.bench import bench
 from spmoe.cli.demo import demo
+from spmoe.cli.doctor import doctor
 from spmoe.cli.generate import generate
 from spmoe.cli.profile import profile
 from spmoe.cli.verify import verify
@@ -20,7 +21,7 @@ def cli() -> None:
     """Run Mixture-of-Experts models larger than memory, with speculative decoding."""
 
 
-for verb in (generate, verify, profile, bench, demo):
+for verb in (generate, verify, profile, bench, demo, doctor):
     cli.add_command(verb)
 
 

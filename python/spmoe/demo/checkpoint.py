@@ -65,8 +65,10 @@ def write_target(
     )
 
 
-def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write bfloat16 tensors into safetensors files of about `SHARD_BYTES` and an index.
+def write_weights(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write bfloat16 tensors into safetensors files of about ``shard_bytes`` and an index.
 
     At most one file's tensors are in memory at a time.
     """
@@ -82,7 +84,7 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > SHARD_BYTES:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
             write()
             pending_bytes = 0
         pending[name] = tensor

@@ -1,0 +1,223 @@
+"""Driving a `Runtime` by scripted routing: seconds and bytes of iterations without a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spmoe.bench.scripted import Experts, Request, ScriptedIteration
+from spmoe.costs import Costs
+from spmoe.planner import COUNTERS, Planner, Shape
+from spmoe.predictor import SOURCES, join
+from spmoe.runtime import Runtime
+
+# Counters of `Runtime.stats` that a row needs.
+_COUNTED = (
+    *("hits", "late", "misses", "link_bytes", "link_busy_s", "stall_s", "compute_s"),
+    *("prefetch_wasted_bytes", "predicted_needs", "recalled"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Work that is not there, slept instead.
+
+    Attributes:
+        draft_s: A draft step. Its predictions are told when half of it has passed.
+        dense_s: What the target does in a layer beside its routed experts.
+    """
+
+    draft_s: float = 0.0
+    dense_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """What activations are: their dtype, and where they are."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def ones(self, *shape: int) -> torch.Tensor:
+        """Return a tensor of that shape."""
+        return torch.ones(shape, dtype=self.dtype, device=self.device)
+
+    def wait(self) -> None:
+        """Wait until everything that was begun has been computed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Took:
+    """What an iteration came to, for the planner; see `spmoe.draft_length.Measured`."""
+
+    drafted: int
+    accepted: int
+    backlog: int
+    pass_s: tuple[float, ...]
+    draft_s: float
+    verify_s: float
+
+
+class Replay:
+    """Runs scripted requests through a runtime, as `spmoe.Engine` would run texts.
+
+    Args:
+        runtime: Over a store of the script's layers and experts.
+        experts_per_token: The model's top-k.
+        costs: Of this machine; a planner sets each iteration's limits from them.
+        pace: Of draft and dense part.
+        tensors: Of activations.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        experts_per_token: int,
+        costs: Costs,
+        pace: Pace,
+        tensors: Tensors,
+    ) -> None:
+        self.runtime = runtime
+        self.pace = pace
+        self.tensors = tensors
+        store = runtime.store
+        shape = Shape(
+            layers=store.layer_count,
+            experts=store.expert_count,
+            experts_per_token=experts_per_token,
+            memory_bytes=runtime.expert_memory_bytes,
+        )
+        self.planner = Planner(costs, shape)
+
+    def run(self, request: Request) -> list[float]:
+        """Run one request; return the seconds of each iteration."""
+        self.runtime.begin_request()
+        return [self._iterate(iteration) for iteration in request]
+
+    def _iterate(self, iteration: ScriptedIteration) -> float:
+        runtime, planner = self.runtime, self.planner
+        before = runtime.stats(by_layer=False)
+        limits = planner.limits(iteration.drafted)
+        runtime.set_limits(
+            cutoff_layer=limits.cutoff_layer,
+            budget_bytes=limits.budget_bytes,
+            break_even=limits.break_even,
+        )
+        told = [
+            limits.uses_prediction(runtime.policy, layer)
+            for layer in range(runtime.store.layer_count)
+        ]
+        sources = SOURCES.get(runtime.policy, ())
+        start = time.perf_counter()
+        for row in range(iteration.drafted):
+            time.sleep(self.pace.draft_s / 2)
+            if "draft" in sources:
+                for layer, wanted in enumerate(told):
+                    if wanted:
+                        scores = self._scores(iteration.by_draft[row : row + 1, layer])
+                        runtime.predict(layer, scores, source="draft")
+            time.sleep(self.pace.draft_s / 2)
+        drafted = time.perf_counter()
+        first_row = iteration.drafted if "draft" in sources else 0
+        self._verify(iteration, told if "target" in sources else [], first_row)
+        verified = time.perf_counter()
+        runtime.end_iteration(iteration.accepted)
+        after = runtime.stats(by_layer=False)
+        draft_s = drafted - start
+        passes = (draft_s / iteration.drafted,) * iteration.drafted if iteration.drafted else ()
+        took = _Took(iteration.drafted, iteration.accepted, 0, passes, draft_s, verified - drafted)
+        grown = {name: after[name] - before[name] for name in COUNTERS}
+        planner.observe(took, grown, read_last=False)
+        return verified - start
+
+    def _verify(self, iteration: ScriptedIteration, told: Sequence[bool], first_row: int) -> None:
+        rows, layers, k = iteration.experts.shape
+        x = self.tensors.ones(rows, self.runtime.store.hidden)
+        weights = self.tensors.ones(rows, k) / k
+        index = torch.from_numpy(iteration.experts).to(self.tensors.device)
+        for layer in range(layers):
+            time.sleep(self.pace.dense_s)
+            if layer + 1 < layers and any(told[layer + 1 : layer + 2]):
+                scores = self._scores(iteration.by_target[first_row:, layer + 1])
+                self.runtime.predict(layer + 1, scores, source="target")
+            self.runtime.forward(layer, x, index[:, layer], weights)
+        self.tensors.wait()  # as for the logits
+
+    def _scores(self, experts: Experts) -> torch.Tensor:
+        """Return scores [experts of a layer] for some rows [rows, k], as `Runtime.predict` wants.
+
+        A row's probability is shared by the experts that it selects.
+        """
+        rows, k = experts.shape
+        scores = torch.zeros(rows, self.runtime.store.expert_count)
+        scores.scatter_(1, torch.from_numpy(experts), 1 + 1 / k)
+        return join(scores).to(self.tensors.device)
+
+
+def need_everything(runtime: Runtime, tensors: Tensors) -> dict[str, float]:
+    """Need every expert once, layer by layer; return how much each counter grew."""
+    store = runtime.store
+    before = counters(runtime)
+    x, weights = tensors.ones(store.expert_count, store.hidden), tensors.ones(store.expert_count, 1)
+    index = torch.arange(store.expert_count, device=tensors.device)[:, None]
+    for layer in range(store.layer_count):
+        runtime.forward(layer, x, index, weights)
+    tensors.wait()
+    after = counters(runtime)
+    return {name: after[name] - before[name] for name in after}
+
+
+def to_row(
+    seconds: Sequence[float],
+    script: Sequence[Request],
+    grown: Mapping[str, float],
+    *,
+    peak_gbps: float,
+) -> dict[str, Any]:
+    """Return the figures of a run.
+
+    Args:
+        seconds: Of each iteration.
+        script: What was run.
+        grown: How much the counters grew.
+        peak_gbps: Of the link.
+    """
+    iterations = [iteration for request in script for iteration in request]
+    tokens = sum(iteration.accepted + 1 for iteration in iterations)
+    needed = grown["hits"] + grown["late"] + grown["misses"]
+    total_s = float(np.sum(seconds))
+    foretold = grown["predicted_needs"]
+    return {
+        "iterations": len(iterations),
+        "tokens": tokens,
+        "iteration_s": {
+            "mean": total_s / len(iterations),
+            "p50": float(np.percentile(seconds, 50)),
+            "p90": float(np.percentile(seconds, 90)),
+        },
+        "tpot_s": total_s / tokens,
+        "hit_rate": grown["hits"] / needed,
+        "late_rate": grown["late"] / needed,
+        "recall": grown["recalled"] / foretold if foretold else None,
+        "bytes_per_token": grown["link_bytes"] / tokens,
+        "wasted_share": max(0.0, grown["prefetch_wasted_bytes"] / grown["link_bytes"])
+        if grown["link_bytes"]
+        else 0.0,
+        "link_share": grown["link_bytes"] / (peak_gbps * 1e9 * total_s) if peak_gbps else None,
+        "stall_share": grown["stall_s"] / total_s,
+        "compute_share": grown["compute_s"] / total_s,
+    }
+
+
+def counters(runtime: Runtime) -> dict[str, float]:
+    """Return the counters that `to_row` needs."""
+    stats = runtime.stats(by_layer=False)
+    return {name: stats[name] for name in _COUNTED}

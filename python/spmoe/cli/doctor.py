@@ -1,0 +1,38 @@
+"""`spmoe doctor`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from spmoe.cli.options import option, progress_bar
+
+
+@click.command()
+@option("--no-link", is_flag=True, help="Measure no link: write and read nothing.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+def doctor(no_link: bool, as_json: bool) -> None:
+    """Say what this machine has for spmoe, and how to mend what is off.
+
+    Devices and why CUDA cannot be used, the link measured, memory that could be page-locked,
+    limits, huge pages, processor features and versions. What the machine does not tell is
+    "unknown".
+    """
+    from spmoe.doctor import describe, examine
+
+    with progress_bar(as_json) as progress:
+        report = examine(measure=not no_link, progress=progress)
+    lines = list(describe(report))
+    cures = {line.name: line.cure for line in lines if line.cure}
+    if as_json:
+        click.echo(json.dumps(report.as_dict() | {"cures": cures}))
+        return
+    table = Table("what", "found")
+    for line in lines:
+        table.add_row(line.name, line.value)
+    Console().print(table)
+    for name, cure in cures.items():
+        click.echo(f"{name}: {cure}")

@@ -1,0 +1,198 @@
+"""How fast experts come from files into slots here, by the runtime's own copy path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from spmoe.bench.bounds import touch_all
+from spmoe.config import format_bytes
+from spmoe.errors import Error
+from spmoe.progress import Progress, silent
+from spmoe.runtime import Runtime, open_store
+
+REPEATS = 5  # of a measurement; the median counts
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Experts that are written to be read again. An expert is three square matrices in bf16.
+
+    Attributes:
+        side: Of a matrix. 1024 makes an expert of 6.3 MB, between those that shipped models have.
+        experts: Of a layer; one layer fits the slots, so that every pass reads everything.
+        layers: Each a file.
+    """
+
+    side: int = 1024
+    experts: int = 10
+    layers: int = 4
+
+    @property
+    def file_bytes(self) -> int:
+        """All experts."""
+        return self.layers * self.layer_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """The experts of one layer."""
+        return self.experts * 3 * self.side**2 * torch.bfloat16.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The path from store to slots, in 10^9 bytes a second.
+
+    Attributes:
+        device: Where the slots are.
+        file_bytes: What was read.
+        cold_gbps: From the disk; None where the file system keeps the pages of its files.
+        cached_gbps: From the page cache.
+    """
+
+    device: str
+    file_bytes: int
+    cold_gbps: float | None
+    cached_gbps: float
+
+
+def measure_link(
+    folder: Path,
+    *,
+    device: str = "host",
+    sample: Sample | None = None,
+    progress: Progress | None = None,
+) -> Link:
+    """Write experts into a temporary folder and let a runtime read them, cached and cold.
+
+    Args:
+        folder: On the disk that is to be measured; made if it is not there.
+        device: As for `Runtime`.
+        sample: What to write.
+        progress: Called with a description, and done of total.
+
+    Raises:
+        Error: The disk has no room for the sample.
+        OSError: The folder cannot be written.
+    """
+    sample = sample or Sample()
+    report = progress or silent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < sample.file_bytes:
+        raise Error(
+            f"measuring the link needs {format_bytes(sample.file_bytes)} in {folder}, but "
+            f"{format_bytes(free)} are free there; free some, or set SPMOE_CACHE to a folder on "
+            "another disk"
+        )
+    with ExitStack() as held:
+        place = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="doctor-", dir=folder)))
+        files = _write(place, sample, report)
+        runtime = held.enter_context(_open(files, sample, device))
+        touch_all(runtime)  # slots and pages
+        cached = _median("reading from the page cache", report, lambda: _pass_gbps(runtime))
+
+        def cold_gbps() -> float:
+            _drop_pages(files)
+            return _pass_gbps(runtime)
+
+        can_drop = _drop_pages(files)
+        cold = _median("reading from the disk", report, cold_gbps) if can_drop else None
+    return Link(device, sample.file_bytes, cold, cached)
+
+
+def chosen_isa() -> str:
+    """Return the kernels that a runtime on the host chooses.
+
+    Raises:
+        OSError: There is no folder for temporary files.
+    """
+    sample = Sample(side=32, experts=1, layers=1)
+    with tempfile.TemporaryDirectory() as place:
+        files = _write(Path(place), sample, silent)
+        with _open(files, sample, "host") as runtime:
+            return str(runtime.stats(by_layer=False)["isa"])
+
+
+def memcpy_gbps(size_bytes: int) -> float:
+    """Return 10^9 bytes a second that torch copies in RAM, with all of its threads."""
+    source = torch.ones(size_bytes, dtype=torch.uint8)
+    target = torch.zeros(size_bytes, dtype=torch.uint8)  # every page is touched
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return size_bytes / statistics.median(seconds) / 1e9
+
+
+def _median(what: str, report: Progress, measure: Callable[[], float]) -> float:
+    values = []
+    for number in range(REPEATS):
+        values.append(measure())
+        report(what, number + 1, REPEATS)
+    return statistics.median(values)
+
+
+def _write(place: Path, sample: Sample, report: Progress) -> list[Path]:
+    """Write a file a layer, all of the same random weights, and wait until they are on the disk."""
+    names = [
+        f"experts.{expert}.{matrix}_proj.weight"
+        for expert in range(sample.experts)
+        for matrix in ("gate", "up", "down")
+    ]
+    weights = [torch.randn(sample.side, sample.side).bfloat16() for _ in names]
+    files = []
+    for layer in range(sample.layers):
+        files.append(place / f"layer-{layer}.safetensors")
+        prefix = f"model.layers.{layer}.mlp."
+        tensors = {f"{prefix}{name}": weight for name, weight in zip(names, weights, strict=True)}
+        save_file(tensors, files[-1])
+        with files[-1].open("rb") as file:
+            os.fsync(file.fileno())
+        report("writing experts to read", layer + 1, sample.layers)
+    return files
+
+
+def _open(files: Sequence[Path], sample: Sample, device: str) -> Runtime:
+    return Runtime(
+        open_store(files),
+        expert_memory=sample.layer_bytes,
+        experts_per_token=1,
+        device=device,
+    )
+
+
+def _pass_gbps(runtime: Runtime) -> float:
+    """Need every expert once; return what the link moved a second while it was busy."""
+    before = runtime.stats(by_layer=False)
+    touch_all(runtime)
+    after = runtime.stats(by_layer=False)
+    moved: float = after["link_bytes"] - before["link_bytes"]
+    return moved / float(after["link_busy_s"] - before["link_busy_s"]) / 1e9
+
+
+def _drop_pages(files: Sequence[Path]) -> bool:
+    """Ask that the page cache let go of ``files``; return whether it did."""
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                # Answers only what needs no reading.
+                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:  # the file system cannot tell
+                return False
+            return False
+    return True

@@ -1,0 +1,214 @@
+"""What a machine is, read off /proc and /sys. What these do not say is None, never an error."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# What spmoe's kernels use, or could: names of /proc/cpuinfo.
+FEATURES = ("f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
+
+_IO_URING_SETUP = 425  # the system call's number, the same on every architecture but alpha
+_IO_URING_PARAMS_BYTES = 120  # sizeof(struct io_uring_params)
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """Where experts are computed on the host.
+
+    Attributes:
+        name: What it calls itself.
+        features: Of `FEATURES`, those that it has; None if it does not say.
+        cores: Cores that this process may run on.
+        quota_cores: Processor time that the control group gives, in cores; None: no limit found.
+    """
+
+    name: str | None
+    features: tuple[str, ...] | None
+    cores: int | None
+    quota_cores: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """RAM and what a process may have of it.
+
+    Attributes:
+        total_bytes: RAM.
+        available_bytes: MemAvailable: free, or page cache that the kernel would give up.
+        limit_bytes: Of the control group, where that is less than RAM; None: no limit found.
+        lock_limit_bytes: RLIMIT_MEMLOCK.
+        huge_pages: Transparent huge pages: "always", "madvise" or "never".
+        usable_bytes: What is available, within the group's limit: more cannot be page-locked.
+    """
+
+    total_bytes: int | None
+    available_bytes: int | None
+    limit_bytes: int | None
+    lock_limit_bytes: int | Literal["unlimited"] | None
+    huge_pages: str | None
+    usable_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The kernel.
+
+    Attributes:
+        kernel: Its release.
+        io_uring_disabled: kernel.io_uring_disabled; kernels before 6.6 have no such setting.
+        io_uring: "allowed", or the name of the error with which the kernel refuses a ring.
+        nvidia_driver: Version of NVIDIA's kernel module; None: not loaded.
+        gpus: Models that the module found.
+    """
+
+    kernel: str | None
+    io_uring_disabled: int | None
+    io_uring: str
+    nvidia_driver: str | None
+    gpus: tuple[str, ...]
+
+
+def probe_io_uring() -> int:
+    """Ask the kernel for a ring and give it back; return 0, or the error number."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(_IO_URING_PARAMS_BYTES)
+    descriptor = libc.syscall(_IO_URING_SETUP, 1, parameters)
+    if descriptor < 0:
+        return ctypes.get_errno()
+    os.close(descriptor)
+    return 0
+
+
+def read_processor(root: Path = Path("/")) -> Processor:
+    """Return the processor, and how much of it this process may use.
+
+    Args:
+        root: Where proc and sys are.
+    """
+    info = _fields(root / "proc/cpuinfo")
+    flags = info.get("flags") or info.get("Features")  # x86, Arm
+    features = tuple(name for name in FEATURES if name in flags.split()) if flags else None
+    allowed = _fields(root / "proc/self/status").get("Cpus_allowed_list")
+    quotas = [quota for group in _groups(root) if (quota := _quota_cores(group)) is not None]
+    return Processor(
+        name=info.get("model name"),
+        features=features,
+        cores=_count(allowed) if allowed else None,
+        quota_cores=min(quotas, default=None),
+    )
+
+
+def read_memory(root: Path = Path("/")) -> Memory:
+    """Return RAM and its limits; ``root`` as for `read_processor`."""
+    info = _fields(root / "proc/meminfo")
+    total = _kib(info.get("MemTotal"))
+    limits = [
+        limit
+        for group in _groups(root)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (limit := _number(_read(group / name))) is not None
+    ]
+    limit = min(limits, default=None)
+    if limit is not None and total is not None and limit >= total:
+        limit = None  # the first version of control groups writes a huge number for none
+    pages = re.search(
+        r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
+    )
+    available = _kib(info.get("MemAvailable"))
+    return Memory(
+        total_bytes=total,
+        available_bytes=available,
+        limit_bytes=limit,
+        lock_limit_bytes=_lock_limit(_read(root / "proc/self/limits") or ""),
+        huge_pages=pages[1] if pages else None,
+        usable_bytes=min((size for size in (available, limit) if size is not None), default=None),
+    )
+
+
+def read_system(
+    root: Path = Path("/"), *, io_uring_probe: Callable[[], int] = probe_io_uring
+) -> System:
+    """Return the kernel's own; ``root`` as for `read_processor`."""
+    error = io_uring_probe()
+    driver = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", _read(root / "proc/driver/nvidia/version") or "")
+    models = [
+        _fields(file).get("Model")
+        for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    ]
+    return System(
+        kernel=_read(root / "proc/sys/kernel/osrelease"),
+        io_uring_disabled=_number(_read(root / "proc/sys/kernel/io_uring_disabled")),
+        io_uring=errno.errorcode.get(error, str(error)) if error else "allowed",
+        nvidia_driver=driver[0] if driver else None,
+        gpus=tuple(model or "unknown" for model in models),
+    )
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's control groups and of all above them, either version."""
+    mount = root / "sys/fs/cgroup"
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        # Inside a container the path may be the host's, and only the mount's own folder be there.
+        for base in [mount / controllers] if controllers else [mount, mount / "unified"]:
+            place = base / path.lstrip("/")
+            while place != base:
+                yield place
+                place = place.parent
+            yield base
+
+
+def _quota_cores(group: Path) -> float | None:
+    quota, _, period = (_read(group / "cpu.max") or "").partition(" ")
+    if not quota:
+        quota = _read(group / "cpu.cfs_quota_us") or ""
+        period = _read(group / "cpu.cfs_period_us") or ""
+    quota_us, period_us = _number(quota), _number(period)
+    return quota_us / period_us if quota_us and period_us else None
+
+
+def _lock_limit(limits: str) -> int | Literal["unlimited"] | None:
+    soft = re.search(r"^Max locked memory\s+(\S+)", limits, re.MULTILINE)
+    if soft is None:
+        return None
+    return "unlimited" if soft[1] == "unlimited" else _number(soft[1])
+
+
+def _count(cores: str) -> int:
+    """Return how many cores a list such as "0-3,8" names."""
+    ranges = [part.partition("-") for part in cores.split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
+
+
+def _kib(text: str | None) -> int | None:
+    number = _number(text.split()[0]) if text else None
+    return number * 1024 if number is not None else None
+
+
+def _number(text: str | None) -> int | None:
+    """Return what a file says if it is a number that is not negative ("max" and -1: no limit)."""
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def _fields(file: Path) -> dict[str, str]:
+    """Return the first "name: value" of each name."""
+    fields: dict[str, str] = {}
+    for line in (_read(file) or "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
