@@ -1,4 +1,4 @@
-#include "block.hpp"
+#include "emulated/block.hpp"
 
 #include <ucontext.h>
 
@@ -6,6 +6,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -143,6 +144,8 @@ void run_block(unsigned threads) {
 }  // namespace
 
 void run_grid(Index grid, unsigned threads, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;
+  const std::scoped_lock lock{one_at_a_time};
   fibres.resize(threads);
   warps.assign((threads + warp_threads - 1) / warp_threads, {});
   running_body = &body;

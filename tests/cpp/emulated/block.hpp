@@ -4,7 +4,7 @@
 #include <functional>
 
 /// Runs the threads of a CUDA block as fibres of the calling thread, one block after the other.
-/// A fibre runs until it waits for its warp or its block. One thread at a time may emulate.
+/// A fibre runs until it waits for its warp or its block. Thread-safe: one grid runs at a time.
 namespace spmoe::emulated {
 
 struct Index {

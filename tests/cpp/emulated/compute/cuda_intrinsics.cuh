@@ -4,9 +4,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "base/convert.hpp"
 #include "block.hpp"
+#include "compute/cuda_ffn_launch.hpp"
+#include "device/cuda_handle.hpp"
+#include "fake_cuda.hpp"
 
 /// Stands in for csrc/compute/cuda_intrinsics.cuh: the same functions, on the host.
 
@@ -98,10 +104,31 @@ inline bool any_of_block(bool value) { return emulated::any_of_block(value); }
 inline void publish() {}
 inline std::uint32_t arrive(std::uint32_t* counter) { return (*counter)++; }
 
-/// Runs the kernel before it returns.
+/// Where a launch reads and writes: a byte of each region stands for all of it.
+struct Accesses {
+  std::vector<std::span<const std::byte>> reads, writes;
+};
+inline Accesses accesses(const ProductLaunch& args) {
+  const auto bytes = [](const auto* data) {
+    return std::span{reinterpret_cast<const std::byte*>(data), 1};
+  };
+  return {{bytes(static_cast<const std::byte*>(args.x))}, {bytes(args.partial), bytes(args.y)}};
+}
+inline Accesses accesses(const CombineLaunch& args) {
+  return {{std::span{reinterpret_cast<const std::byte*>(args.expert_out), 1}},
+          {std::span{static_cast<const std::byte*>(args.out), 1}}};
+}
+
+/// On the null stream the kernel has run at the return; on others it is the fake runtime's.
 template <class Args>
-void launch(void (*kernel)(Args), dim3 grid, unsigned threads, std::uintptr_t, const Args& args) {
-  emulated::run_grid(grid, threads, [&] { kernel(args); });
+void launch(void (*kernel)(Args), dim3 grid, unsigned threads, std::uintptr_t stream,
+            const Args& args) {
+  auto run = [=] { emulated::run_grid(grid, threads, [&] { kernel(args); }); };
+  if (stream == 0) return run();
+  Accesses touched = accesses(args);
+  check(fake_cuda::launch(reinterpret_cast<cudaStream_t>(stream), std::move(touched.reads), run,
+                          std::move(touched.writes)),
+        "launch of a kernel of experts");
 }
 
 }  // namespace spmoe::cuda
