@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from spmoe.config import format_bytes
-from spmoe.doctor.machine import System
 from spmoe.doctor.report import Report
+from spmoe.machine import System
 
 UNKNOWN = "unknown"
 
