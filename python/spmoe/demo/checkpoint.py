@@ -70,7 +70,8 @@ def write_weights(
 ) -> None:
     """Write bfloat16 tensors into safetensors files and an index.
 
-    Files are of about ``shard_bytes``, or else `SHARD_BYTES`. At most one file's tensors are in memory at a time.
+    Files are of about ``shard_bytes``, or else `SHARD_BYTES`. At most one file's tensors are in
+    memory at a time.
     """
     shards: list[Path] = []
     places: dict[str, int] = {}
