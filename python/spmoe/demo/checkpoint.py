@@ -66,12 +66,18 @@ def write_target(
 
 
 def write_weights(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int | None = None
 ) -> None:
-    """Write bfloat16 tensors into safetensors files of about ``shard_bytes`` and an index.
+    """Write bfloat16 tensors into safetensors files and an index.
 
     At most one file's tensors are in memory at a time.
+
+    Args:
+        directory: Exists.
+        tensors: By their names, in the order of writing.
+        shard_bytes: Of a file, about; None means `SHARD_BYTES`.
     """
+    most_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
     shards: list[Path] = []
     places: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
@@ -84,7 +90,7 @@ def write_weights(
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+        if pending and pending_bytes + tensor.nbytes > most_bytes:
             write()
             pending_bytes = 0
         pending[name] = tensor
