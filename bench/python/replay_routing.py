@@ -30,8 +30,8 @@ from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_re
 from spmoe.cli.options import progress_bar
 from spmoe.config import default_cache, format_bytes, parse_memory
 from spmoe.costs import Costs
-from spmoe.doctor.machine import read_memory
 from spmoe.errors import Error
+from spmoe.machine import read_memory
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import resolve_dtype
 from spmoe.runtime import POLICIES, Runtime

@@ -31,7 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from spmoe.cli.options import progress_bar
 from spmoe.config import format_bytes
-from spmoe.demo.checkpoint import SHARD_BYTES, write_weights
+from spmoe.demo.checkpoint import write_weights
 from spmoe.errors import Error
 from spmoe.models.experts import ExpertFormat, describe, find_layers, without_experts
 from spmoe.progress import Progress, silent
@@ -200,7 +200,7 @@ def write_checkpoint(
     config: PreTrainedConfig,
     *,
     seed: int = 0,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write a random checkpoint of ``config`` in bfloat16 and return its bytes of weights.
@@ -211,7 +211,7 @@ def write_checkpoint(
         directory: Must be empty or not be there; removed again if writing fails.
         config: As from `make_config`; what it lacks to be loaded is set.
         seed: Of the weights.
-        shard_bytes: Of a file.
+        shard_bytes: As for `write_weights`.
         progress: Called with a description, and done of total, in MiB.
 
     Raises:

@@ -17,9 +17,9 @@ import torch
 
 from spmoe.config import default_cache
 from spmoe.costs import Costs
+from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import LayerMap
-from spmoe.devices import device_model
 from spmoe.metrics import cpu_model
 from spmoe.models.checkpoint import find_checkpoint
 

@@ -13,9 +13,9 @@ from spmoe import _core
 from spmoe.closeable import Closeable
 from spmoe.config import parse_memory, parse_pinned_memory
 from spmoe.devices import native_name, resolve_device
-from spmoe.doctor.machine import read_memory
 from spmoe.errors import InvalidArgument
-from spmoe.progress import Progress
+from spmoe.machine import read_memory
+from spmoe.progress import Progress, silent
 
 POLICIES: tuple[str, ...] = tuple(_core.prefetch_policy_names())
 EVICTIONS: tuple[str, ...] = tuple(_core.eviction_policy_names())
@@ -27,11 +27,6 @@ _DTYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-
-
-def cuda_status() -> tuple[int, str]:
-    """Return how many CUDA devices spmoe can use, and if none, why."""
-    return _core.cuda_status()
 
 
 def open_store(
@@ -127,7 +122,7 @@ class Runtime(Closeable):
             trace_spans=trace_spans,
             device=native_name(self.device),
             pinned_memory_bytes=self._pinned_bytes(pinned_memory),
-            pinned_progress=_in_megabytes(progress) if progress is not None else None,
+            pinned_progress=_in_megabytes(progress or silent),
         )
 
     def _pinned_bytes(self, pinned_memory: int | str) -> int:

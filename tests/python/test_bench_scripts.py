@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import spmoe
+from compare_offload import reason_to_skip
 from replay_routing import fitting_layers
 from spmoe import cli
 from spmoe.errors import Error
@@ -166,3 +168,28 @@ def test_replay_routing_by_a_recording(target_path: Path, prompts: Path, tmp_pat
     printed = run("replay_routing.py", *TRIAL, "--recording", recording, "--expert-memory", "50%")
     assert "recorded from the pair" in printed
     assert "2 drafted, 100.0% accepted" in printed
+
+
+def test_compare_offload(target_path: Path) -> None:
+    models = [target_path, "--draft-model", target_path, "--expert-memory", "50%"]
+    printed = run(
+        "compare_offload.py", *models, "--device", "host", "-n", 4, "--prompts", "own:0:1"
+    )
+    if importlib.util.find_spec("accelerate") is None:
+        assert printed == "skipped: accelerate is not installed: pip install accelerate\n"
+        return
+    rows = [line.split("|")[1:] for line in printed.splitlines() if line.startswith("|")][2:]
+    assert [row[0].strip() for row in rows] == ["spmoe, horizon"] * 2 + [
+        "transformers, accelerate"
+    ] * 2
+    assert all(row[3].strip() == "1 of 1" for row in rows)
+
+
+def test_compare_offload_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr("compare_offload.cuda_status", lambda: (0, "no driver"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert reason_to_skip("host") is None
+    assert reason_to_skip("cuda:0") == "cuda:0 is not usable: no driver"
+    monkeypatch.setattr("compare_offload.cuda_status", lambda: (1, ""))
+    assert "install a build of torch with CUDA" in str(reason_to_skip("cuda:0"))

@@ -17,8 +17,8 @@ from spmoe import cli
 from spmoe.doctor import Report, describe, examine
 from spmoe.doctor import report as report_module
 from spmoe.doctor.link import Sample, chosen_isa, measure_link, memcpy_gbps
-from spmoe.doctor.machine import probe_io_uring, read_memory, read_processor, read_system
 from spmoe.errors import Error
+from spmoe.machine import probe_io_uring, read_memory, read_processor, read_system
 
 WITHOUT_CUDA = 'this spmoe was built without CUDA; use device="host"'
 TINY = Sample(side=32, experts=3, layers=2)
@@ -235,6 +235,7 @@ def test_the_link_is_measured_by_the_runtime_and_leaves_nothing(tmp_path: Path) 
     assert link.file_bytes == TINY.file_bytes == 2 * 3 * 3 * 32 * 32 * 2
     assert link.cached_gbps > 0
     assert link.cold_gbps is None or link.cold_gbps > 0
+    assert link.pinned_gbps is None
     assert not list((tmp_path / "cache").iterdir())
     assert ("writing experts to read", 2, 2) in told
     assert memcpy_gbps(4096) > 0
@@ -308,3 +309,4 @@ def test_a_gpu_is_named_and_its_link_measured(tmp_path, monkeypatch) -> None:
     assert report.cuda.devices[0].startswith("cuda:0 (")
     assert [link.device for link in report.links[:2]] == ["host", "cuda:0"]
     assert report.links[1].cached_gbps > 0
+    assert (report.links[1].pinned_gbps or 0) > 0

@@ -23,8 +23,8 @@ from spmoe.bench.bounds import (
     run_resident,
 )
 from spmoe.bench.cell import Cell, Tally, degrade, load_models, open_engine, run_prompt, to_row
-from spmoe.errors import InvalidArgument
 from spmoe.devices import device_model
+from spmoe.errors import InvalidArgument
 from spmoe.metrics import cpu_model
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.loading import load_plain, resolve_dtype

@@ -171,6 +171,7 @@ def need_everything(runtime: Runtime, tensors: Tensors) -> dict[str, float]:
     for layer in range(store.layer_count):
         runtime.forward(layer, x, index, weights)
     tensors.wait()
+    runtime.end_iteration()  # all of them are there, and counted
     after = counters(runtime)
     return {name: after[name] - before[name] for name in after}
 

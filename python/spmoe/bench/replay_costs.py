@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -56,16 +57,19 @@ def measure_costs(
 def _resident_layer_s(
     runtime: Runtime, experts_per_token: int, rows: int, tensors: Tensors
 ) -> float:
-    """Return what a layer computes for whose rows use as many experts as they can."""
+    """Return how long a layer runs whose rows use as many experts as they can, all resident."""
     store = runtime.store
     x, weights = tensors.ones(rows, store.hidden), tensors.ones(rows, experts_per_token)
     index = torch.arange(rows * experts_per_token, device=tensors.device) % store.expert_count
 
     def seconds() -> float:
-        before = runtime.stats(by_layer=False)["compute_s"]
+        tensors.wait()
+        start = time.perf_counter()
         runtime.forward(0, x, index.reshape(weights.shape), weights)
         tensors.wait()
-        return float(runtime.stats(by_layer=False)["compute_s"] - before)
+        took = time.perf_counter() - start
+        runtime.end_iteration()
+        return took
 
     return _median(seconds)
 

@@ -49,7 +49,9 @@ def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add where to compute."""
     device = option(
-        "--device", default="auto", help="host, cuda, cuda:<index>; auto: CUDA where it can be used."
+        "--device",
+        default="auto",
+        help="host, cuda, cuda:<index>; auto: CUDA where it works.",
     )
     placed: Callable[..., Any] = device(command)
     return placed

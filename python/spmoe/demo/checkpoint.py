@@ -66,11 +66,12 @@ def write_target(
 
 
 def write_weights(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int | None = None
 ) -> None:
-    """Write bfloat16 tensors into safetensors files of about ``shard_bytes`` and an index.
+    """Write bfloat16 tensors into safetensors files and an index.
 
-    At most one file's tensors are in memory at a time.
+    Files are of about ``shard_bytes``, or else `SHARD_BYTES`. At most one file's tensors are in
+    memory at a time.
     """
     shards: list[Path] = []
     places: dict[str, int] = {}
@@ -84,7 +85,7 @@ def write_weights(
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+        if pending and pending_bytes + tensor.nbytes > (shard_bytes or SHARD_BYTES):
             write()
             pending_bytes = 0
         pending[name] = tensor

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from spmoe.config import format_bytes
-from spmoe.doctor.machine import System
 from spmoe.doctor.report import Report
+from spmoe.machine import System
 
 UNKNOWN = "unknown"
 
@@ -60,6 +60,8 @@ def _describe_link(report: Report) -> Iterator[Line]:
         cold = (
             "this file system keeps its pages" if link.cold_gbps is None else _gbps(link.cold_gbps)
         )
+        if link.pinned_gbps is not None:
+            yield Line(f"link to {link.device}, page-locked", _gbps(link.pinned_gbps))
         yield Line(f"link to {link.device}, page cache", _gbps(link.cached_gbps))
         yield Line(f"link to {link.device}, from disk", cold)
     if report.memcpy_gbps is not None:

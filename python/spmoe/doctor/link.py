@@ -8,9 +8,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -58,12 +59,14 @@ class Link:
         file_bytes: What was read.
         cold_gbps: From the disk; None where the file system keeps the pages of its files.
         cached_gbps: From the page cache.
+        pinned_gbps: From page-locked memory; None on the host, which holds none.
     """
 
     device: str
     file_bytes: int
     cold_gbps: float | None
     cached_gbps: float
+    pinned_gbps: float | None
 
 
 def measure_link(
@@ -73,7 +76,7 @@ def measure_link(
     sample: Sample | None = None,
     progress: Progress | None = None,
 ) -> Link:
-    """Write experts into a temporary folder and let a runtime read them, cached and cold.
+    """Write experts into a temporary folder and let a runtime read them, in all the ways it can.
 
     Args:
         folder: On the disk that is to be measured; made if it is not there.
@@ -95,20 +98,26 @@ def measure_link(
             f"{format_bytes(free)} are free there; free some, or set SPMOE_CACHE to a folder on "
             "another disk"
         )
-    with ExitStack() as held:
-        place = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="doctor-", dir=folder)))
-        files = _write(place, sample, report)
-        runtime = held.enter_context(_open(files, sample, device))
-        touch_all(runtime)  # slots and pages
-        cached = _median("reading from the page cache", report, lambda: _pass_gbps(runtime))
-
-        def cold_gbps() -> float:
-            _drop_pages(files)
-            return _pass_gbps(runtime)
-
-        can_drop = _drop_pages(files)
-        cold = _median("reading from the disk", report, cold_gbps) if can_drop else None
-    return Link(device, sample.file_bytes, cold, cached)
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=folder) as place:
+        files = _write(Path(place), sample, report)
+        unpinned = {} if device == "host" else {"pinned_memory": 0}
+        with _open(files, sample, device, **unpinned) as runtime:
+            touch_all(runtime)  # slots and pages
+            cached = _median("reading from the page cache", report, partial(_pass_gbps, runtime))
+            can_drop = _drop_pages(files)
+            cold = (
+                _median("reading from the disk", report, partial(_cold_gbps, runtime, files))
+                if can_drop
+                else None
+            )
+        pinned = None
+        if device != "host":
+            with _open(files, sample, device, pinned_memory="100%") as runtime:
+                touch_all(runtime)
+                pinned = _median(
+                    "copying from page-locked memory", report, partial(_pass_gbps, runtime)
+                )
+    return Link(device, sample.file_bytes, cold, cached, pinned)
 
 
 def chosen_isa() -> str:
@@ -164,12 +173,13 @@ def _write(place: Path, sample: Sample, report: Progress) -> list[Path]:
     return files
 
 
-def _open(files: Sequence[Path], sample: Sample, device: str) -> Runtime:
+def _open(files: Sequence[Path], sample: Sample, device: str, **options: Any) -> Runtime:
     return Runtime(
         open_store(files),
         expert_memory=sample.layer_bytes,
         experts_per_token=1,
         device=device,
+        **options,
     )
 
 
@@ -180,6 +190,11 @@ def _pass_gbps(runtime: Runtime) -> float:
     after = runtime.stats(by_layer=False)
     moved: float = after["link_bytes"] - before["link_bytes"]
     return moved / float(after["link_busy_s"] - before["link_busy_s"]) / 1e9
+
+
+def _cold_gbps(runtime: Runtime, files: Sequence[Path]) -> float:
+    _drop_pages(files)
+    return _pass_gbps(runtime)
 
 
 def _drop_pages(files: Sequence[Path]) -> bool:

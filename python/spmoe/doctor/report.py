@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from spmoe.config import default_cache
+from spmoe.devices import cuda_status
 from spmoe.doctor.link import Link, chosen_isa, measure_link, memcpy_gbps
-from spmoe.doctor.machine import (
+from spmoe.errors import Error
+from spmoe.machine import (
     Memory,
     Processor,
     System,
@@ -20,9 +22,7 @@ from spmoe.doctor.machine import (
     read_processor,
     read_system,
 )
-from spmoe.errors import Error
 from spmoe.progress import Progress
-from spmoe.runtime import cuda_status
 
 _MEMCPY_BYTES = 256 << 20  # larger than a processor's caches
 
