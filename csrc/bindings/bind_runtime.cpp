@@ -1,3 +1,4 @@
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -68,7 +69,9 @@ py::dict to_dict(const RuntimeStats& stats, bool by_layer) {
       "slots"_a = stats.slot_count, "resident"_a = stats.resident_count,
       "iterations"_a = stats.iterations, "accepted"_a = stats.accepted, "isa"_a = stats.isa,
       "policy"_a = stats.policy, "eviction"_a = stats.eviction, "queue_depth"_a = stats.queue_depth,
-      "prefetch_before_demand"_a = stats.link.prefetch_before_demand));
+      "prefetch_before_demand"_a = stats.link.prefetch_before_demand, "device"_a = stats.device,
+      "pinned_bytes"_a = stats.pinned_bytes, "pinned_fill_s"_a = stats.pinned_fill_s,
+      "dropped_predictions"_a = stats.dropped_predictions));
   if (by_layer) {
     py::list layers;
     for (const LayerStats& layer : stats.layers) layers.append(to_dict(layer));
@@ -118,7 +121,8 @@ void bind_runtime(py::module_& m) {
                        std::uint32_t experts_per_token, std::string_view activation, float alpha,
                        float limit, unsigned compute_threads, unsigned copy_threads,
                        double link_gbps, std::string isa, std::string policy, std::string eviction,
-                       std::size_t trace_spans) {
+                       std::size_t trace_spans, std::string device, std::uint64_t pinned_memory_bytes,
+                       FillProgress pinned_progress) {
              RuntimeOptions options;
              options.expert_memory_bytes = expert_memory_bytes;
              options.experts_per_token = experts_per_token;
@@ -127,8 +131,11 @@ void bind_runtime(py::module_& m) {
              options.isa = std::move(isa);
              options.policies = {std::move(policy), std::move(eviction)};
              options.trace_spans = trace_spans;
-             options.device.copy_threads = copy_threads;
-             options.device.link_gbps = link_gbps;
+             options.device = std::move(device);
+             options.pinned_memory_bytes = pinned_memory_bytes;
+             options.pinned_progress = std::move(pinned_progress);
+             options.link.copy_threads = copy_threads;
+             options.link.link_gbps = link_gbps;
              py::gil_scoped_release unlocked;
              return std::make_unique<Runtime>(std::move(store), options);
            }),
@@ -136,12 +143,14 @@ void bind_runtime(py::module_& m) {
            py::arg("activation") = "silu", py::arg("alpha") = 1.702F, py::arg("limit") = 7.0F,
            py::arg("compute_threads") = 0U, py::arg("copy_threads") = 2U,
            py::arg("link_gbps") = 0.0, py::arg("isa") = "auto", py::arg("policy") = "on-demand",
-           py::arg("eviction") = "auto", py::arg("trace_spans") = 0U)
+           py::arg("eviction") = "auto", py::arg("trace_spans") = 0U, py::arg("device") = "host",
+           py::arg("pinned_memory_bytes") = 0U, py::arg("pinned_progress") = py::none())
       .def(
           "forward",
           [](Runtime& runtime, std::uint16_t layer, std::uint32_t tokens, std::uint32_t k,
              std::uintptr_t x, std::string_view x_dtype, std::uintptr_t top_k_index,
-             std::uintptr_t top_k_weights, std::string_view weights_dtype, std::uintptr_t out) {
+             std::uintptr_t top_k_weights, std::string_view weights_dtype, std::uintptr_t out,
+             std::uintptr_t consumer) {
             const LayerArgs args{tokens,
                                  k,
                                  pointer<const void>(x),
@@ -149,13 +158,15 @@ void bind_runtime(py::module_& m) {
                                  pointer<const std::int64_t>(top_k_index),
                                  pointer<const void>(top_k_weights),
                                  parse_dtype(weights_dtype),
-                                 pointer<void>(out)};
+                                 pointer<void>(out),
+                                 consumer};
             py::gil_scoped_release unlocked;
             runtime.forward(layer, args);
           },
           py::arg("layer"), py::arg("tokens"), py::arg("k"), py::arg("x"), py::arg("x_dtype"),
           py::arg("top_k_index"), py::arg("top_k_weights"), py::arg("weights_dtype"),
-          py::arg("out"), "One MoE layer over contiguous tensors, given by their addresses.")
+          py::arg("out"), py::arg("consumer") = 0U,
+          "One MoE layer over contiguous tensors, given by their addresses, on the stream consumer.")
       .def(
           "predict",
           [](Runtime& runtime, std::uint16_t layer, const Scores& scores, std::string_view source) {
@@ -213,6 +224,16 @@ void bind_runtime(py::module_& m) {
             return buckets;
           },
           "Per bucket of scores: (score_from, weight of predictions, of these used).")
+      .def(
+          "predict_on_device",
+          [](Runtime& runtime, std::uint16_t layer, std::uintptr_t scores, std::string_view source,
+             std::uintptr_t consumer) {
+            const PredictionSource from = parse_source(source);
+            py::gil_scoped_release unlocked;
+            runtime.predict(layer, pointer<const float>(scores), from, consumer);
+          },
+          py::arg("layer"), py::arg("scores"), py::arg("source"), py::arg("consumer"),
+          "Router scores, float32 in device memory, made by work on the stream consumer.")
       .def("end_iteration", &Runtime::end_iteration, py::arg("accepted"),
            py::call_guard<py::gil_scoped_release>())
       .def(

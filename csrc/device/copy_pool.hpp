@@ -14,8 +14,8 @@
 
 #include "base/ring.hpp"
 #include "device/device.hpp"
-#include "device/host_device.hpp"
 #include "device/link_pacer.hpp"
+#include "device/piece_mover.hpp"
 
 namespace spmoe {
 
@@ -27,7 +27,8 @@ class CopyPool {
  public:
   struct Batch;
 
-  /// One stream's batches and their ends. Guarded by the pool; waits for all its batches to end.
+  /// One stream's batches and what is to be told of them. Guarded by the pool; waits for all its
+  /// batches to end.
   class Channel {
    public:
     Channel(CopyPool& pool, StreamPriority priority) : pool_{pool}, priority_{priority} {}
@@ -40,12 +41,14 @@ class CopyPool {
     CopyPool& pool_;
     const StreamPriority priority_;
     Fence next_ = 1;
-    std::vector<Batch*> open_;  // not ended
-    Ring<BatchEnd> ends_;       // not told
-    std::condition_variable ended_;
+    std::vector<Batch*> open_;   // not ended
+    Ring<BatchNotice> notices_;  // not told
+    std::condition_variable told_;
   };
 
-  explicit CopyPool(const HostDeviceOptions& options);
+  /// @param movers move its pieces, and must outlive it. `options` as `check` allows, with
+  ///        `piece_bytes` above 0.
+  CopyPool(PieceMovers& movers, const DeviceOptions& options);
   CopyPool(const CopyPool&) = delete;
   CopyPool& operator=(const CopyPool&) = delete;
   ~CopyPool();  ///< serves all that waits
@@ -54,7 +57,8 @@ class CopyPool {
   Fence submit(Channel& channel, std::span<const CopyBatch> batches);
   void withdraw(Channel& channel, Fence fence);
   void promote(Channel& channel, Fence fence);
-  BatchEnd next_end(Channel& channel);
+  BatchNotice next_notice(Channel& channel);
+  void make_consumer_wait(Channel& channel, std::uintptr_t consumer, Fence fence);
 
   void inject(const LinkFaults& faults);
   [[nodiscard]] LinkStats stats() const;
@@ -63,21 +67,21 @@ class CopyPool {
   using Clock = std::chrono::steady_clock;
   using Queue = std::vector<Batch*>;  // in the order of service; small, so plain shifts win
 
-  struct Piece {
-    CopyOp op;
-    Batch* batch;
-    StreamPriority priority;
-  };
+  struct Piece;
 
   Queue& queue(StreamPriority priority) { return queues_[static_cast<std::size_t>(priority)]; }
-  [[nodiscard]] Batch* waiting();
+  [[nodiscard]] std::size_t window(StreamPriority priority) const;
+  [[nodiscard]] Queue* startable(std::size_t under_way);
   [[nodiscard]] Batch* find_waiting(Channel& channel, Fence fence);
-  [[nodiscard]] Batch& add(Channel& channel, CopyBatch ops);
-  [[nodiscard]] Piece begin_piece(Batch& batch);
-  void serve();
-  void finish(const Piece& piece, std::string error);
+  [[nodiscard]] Batch& add(Channel& channel, const CopyBatch& copies);
+  void serve(PieceMover& mover);
+  void cut_piece(Queue& queue, Piece& piece);
+  std::uint64_t cut_move(Batch& batch, std::uint64_t most_bytes, Piece& piece);
+  void note_begun(const Piece& piece);
+  void finish(Piece& piece);
   void end_if_done(Batch& batch);
 
+  PieceMovers& movers_;
   const std::uint64_t piece_bytes_;
   const std::uint64_t prefetch_piece_bytes_;
   mutable std::mutex mutex_;
@@ -90,8 +94,9 @@ class CopyPool {
   std::uint64_t prefetch_started_ = 0;  // bytes
   std::uint64_t prefetch_active_ = 0;   // of these, under way
   Clock::time_point busy_from_;
-  unsigned active_ = 0;
+  std::size_t active_ = 0;  // pieces under way
   bool stopping_ = false;
+  std::vector<std::unique_ptr<PieceMover>> each_mover_;  // by thread
   std::vector<std::thread> threads_;
 };
 

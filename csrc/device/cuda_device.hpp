@@ -16,7 +16,9 @@ struct CudaStatus {
 /// Asks the driver, each time. Never throws: a machine without CUDA is an answer.
 [[nodiscard]] CudaStatus cuda_status();
 
-/// The CUDA device of that index. @throws DeviceError with `CudaStatus::reason` if there is none.
-[[nodiscard]] std::unique_ptr<Device> make_cuda_device(int index);
+/// The CUDA device of that index. Copies go over streams of its own: what rests in pinned memory
+/// of the device directly, what rests in a file or elsewhere through pinned buffers.
+/// @throws DeviceError with `CudaStatus::reason` if there is none; InvalidArgument as `check`.
+[[nodiscard]] std::unique_ptr<Device> make_cuda_device(int index, const DeviceOptions& options);
 
 }  // namespace spmoe

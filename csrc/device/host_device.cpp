@@ -4,15 +4,42 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <string>
 #include <system_error>
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
 #include "device/copy_pool.hpp"
+#include "device/read_source.hpp"
 
 namespace spmoe {
 namespace {
+
+constexpr std::uint64_t host_piece_bytes = 1 << 20;
+
+/// Threads that copy: a piece has landed when it has begun.
+class HostMovers final : public PieceMovers {
+ public:
+  explicit HostMovers(std::uint64_t piece_bytes) : piece_bytes_{piece_bytes} {}
+
+  std::unique_ptr<PieceMover> make_mover() override { return std::make_unique<Mover>(); }
+  std::size_t window(StreamPriority) const override { return 1; }
+  std::uint64_t move_bytes(const Extent&) const override { return piece_bytes_; }
+  bool gathers(const Extent&) const override { return false; }
+  void make_consumer_wait(std::uintptr_t, std::uintptr_t) override {}
+
+ private:
+  class Mover final : public PieceMover {
+   public:
+    BegunPiece begin(std::span<const Move> moves) override {
+      return {0, read_source(moves.front().op.src, moves.front().op.dst)};
+    }
+    std::string finish() override { return {}; }
+  };
+
+  const std::uint64_t piece_bytes_;
+};
 
 class HostStream final : public Stream {
  public:
@@ -23,16 +50,18 @@ class HostStream final : public Stream {
   }
   void withdraw(Fence fence) override { pool_.withdraw(channel_, fence); }
   void promote(Fence fence) override { pool_.promote(channel_, fence); }
-  BatchEnd next_end() override { return pool_.next_end(channel_); }
+  BatchNotice next_notice() override { return pool_.next_notice(channel_); }
+  void make_consumer_wait(std::uintptr_t, Fence) override {}  // nothing is issued before it landed
 
  private:
   CopyPool& pool_;
   CopyPool::Channel channel_;
 };
 
-class ThreadedHostDevice final : public HostDevice {
+class HostDevice final : public Device {
  public:
-  explicit ThreadedHostDevice(const HostDeviceOptions& options) : pool_{options} {}
+  explicit HostDevice(const DeviceOptions& options)
+      : movers_{options.piece_bytes}, pool_{movers_, options} {}
 
   std::string_view name() const noexcept override { return "host"; }
 
@@ -50,24 +79,37 @@ class ThreadedHostDevice final : public HostDevice {
   }
   void deallocate(std::byte* data, std::size_t bytes) noexcept override { ::munmap(data, bytes); }
 
+  std::byte* allocate_pinned(std::size_t bytes) override { return allocate(bytes); }
+  void deallocate_pinned(std::byte* data, std::size_t bytes) noexcept override {
+    deallocate(data, bytes);
+  }
+
   std::unique_ptr<Stream> make_stream(StreamPriority priority) override {
     return std::make_unique<HostStream>(pool_, priority);
   }
+  Mark mark(std::uintptr_t) override { return 0; }
+  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t,
+                 HostWait) override {
+    if (bytes > 0) std::memcpy(pinned, data, bytes);
+    return 0;
+  }
+  void wait(Mark) override {}
+
   LinkStats link_stats() const override { return pool_.stats(); }
   void inject(const LinkFaults& faults) override { pool_.inject(faults); }
 
  private:
+  HostMovers movers_;
   CopyPool pool_;
 };
 
 }  // namespace
 
-std::unique_ptr<HostDevice> make_host_device(const HostDeviceOptions& options) {
-  if (options.copy_threads == 0 || options.piece_bytes == 0 || !(options.link_gbps >= 0)) {
-    throw InvalidArgument{
-        "copy_threads and piece_bytes must be at least 1 and link_gbps at least 0"};
-  }
-  return std::make_unique<ThreadedHostDevice>(options);
+std::unique_ptr<Device> make_host_device(const DeviceOptions& options) {
+  check(options);
+  DeviceOptions chosen = options;
+  if (chosen.piece_bytes == 0) chosen.piece_bytes = host_piece_bytes;
+  return std::make_unique<HostDevice>(chosen);
 }
 
 }  // namespace spmoe

@@ -6,7 +6,7 @@
 #include <random>
 #include <thread>
 
-#include "device/host_device.hpp"
+#include "device/device.hpp"
 
 namespace spmoe {
 
@@ -29,11 +29,14 @@ class LinkPacer {
     random_.seed(faults.delay_seed);
   }
 
+  /// Whether pieces land later than the link lets them.
+  [[nodiscard]] bool slows() const { return gbps_ > 0 || faults_.max_delay_us > 0; }
+
   /// Next in line for `bytes` of link time.
   [[nodiscard]] Ticket admit(std::uint64_t bytes) {
     Ticket ticket;
     ticket.fail = faults_.fail_at_copy != 0 && ++copies_ == faults_.fail_at_copy;
-    if (gbps_ == 0 && faults_.max_delay_us == 0) return ticket;
+    if (!slows()) return ticket;
     const auto now = Clock::now();
     ticket.until = now;
     if (gbps_ > 0) {

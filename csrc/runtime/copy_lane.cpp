@@ -8,9 +8,9 @@
 
 namespace spmoe {
 
-CopyLane::CopyLane(Device& device, StreamPriority priority, OnEnd on_end)
+CopyLane::CopyLane(Device& device, StreamPriority priority, OnNotice on_notice)
     : stream_{device.make_stream(priority)},
-      on_end_{std::move(on_end)},
+      on_notice_{std::move(on_notice)},
       worker_{[this] { work(); }} {}
 
 CopyLane::~CopyLane() {
@@ -31,8 +31,8 @@ void CopyLane::submit(std::span<const Fill> fills, std::span<const CopyBatch> ba
       Fence fence = stream_->submit(batches);
       for (const Fill& fill : fills) pending_.push_back({fill, fence++, start_s});
     } catch (const DeviceError& rejection) {
-      const BatchEnd end{0, BatchEnd::How::failed, 0, rejection.what()};
-      for (const Fill& fill : fills) rejected_.push({fill, end, start_s, start_s});
+      const BatchNotice failed{0, BatchNotice::What::failed, 0, rejection.what()};
+      for (const Fill& fill : fills) rejected_.push({fill, failed, start_s, start_s});
     }
   }
   submitted_.notify_one();
@@ -54,30 +54,39 @@ void CopyLane::promote(SlotIndex slot) {
   if (const Pending* pending = find(slot)) stream_->promote(pending->fence);
 }
 
+void CopyLane::make_consumer_wait(std::uintptr_t consumer, SlotIndex slot) {
+  const std::scoped_lock lock{mutex_};
+  if (const Pending* pending = find(slot)) stream_->make_consumer_wait(consumer, pending->fence);
+}
+
 void CopyLane::work() {
   double last_end_s = 0;
   std::unique_lock lock{mutex_};
   while (true) {
     submitted_.wait(lock, [this] { return stopping_ || !pending_.empty() || !rejected_.empty(); });
     if (!rejected_.empty()) {
-      const Ended rejected = rejected_.pop();
+      const FillNotice rejected = rejected_.pop();
       lock.unlock();
-      on_end_(rejected);
+      on_notice_(rejected);
       lock.lock();
       continue;
     }
     if (pending_.empty()) return;
     lock.unlock();
-    BatchEnd end = stream_->next_end();
+    BatchNotice notice = stream_->next_notice();
+    const double end_s = now_s();
+    const bool ended = notice.what != BatchNotice::What::issued;
     lock.lock();
-    const auto ended = std::ranges::find(pending_, end.fence, &Pending::fence);
-    const double start_s = std::max(ended->submitted_s, last_end_s);
-    const Fill fill = ended->fill;
-    *ended = pending_.back();
-    pending_.pop_back();
+    const auto pending = std::ranges::find(pending_, notice.fence, &Pending::fence);
+    const double start_s = std::max(pending->submitted_s, last_end_s);
+    const Fill fill = pending->fill;
+    if (ended) {
+      *pending = pending_.back();
+      pending_.pop_back();
+    }
     lock.unlock();
-    last_end_s = now_s();
-    on_end_({fill, std::move(end), start_s, last_end_s});
+    if (ended) last_end_s = end_s;
+    on_notice_({fill, std::move(notice), start_s, end_s});
     lock.lock();
   }
 }

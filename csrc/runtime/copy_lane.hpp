@@ -15,20 +15,20 @@
 
 namespace spmoe {
 
-/// A copy stream and the worker that waits for the ends of its fills. Thread-safe.
+/// A copy stream and the worker that waits for news of its fills. Thread-safe.
 class CopyLane {
  public:
-  /// A fill that has ended.
-  struct Ended {
+  /// What became of a fill.
+  struct FillNotice {
     Fill fill;
-    BatchEnd end;
+    BatchNotice batch;
     double start_s;  ///< of `now_s`, when the lane turned to it
     double end_s;
   };
-  /// Told of the end of each fill, on the worker, with no lock of the lane held.
-  using OnEnd = std::function<void(const Ended& ended)>;
+  /// Told of each fill as `Stream::next_notice` is, on the worker, with no lock of the lane held.
+  using OnNotice = std::function<void(const FillNotice& notice)>;
 
-  CopyLane(Device& device, StreamPriority priority, OnEnd on_end);
+  CopyLane(Device& device, StreamPriority priority, OnNotice on_notice);
   CopyLane(const CopyLane&) = delete;
   CopyLane& operator=(const CopyLane&) = delete;
   ~CopyLane();  ///< waits for the fills under way, and tells of them
@@ -42,6 +42,10 @@ class CopyLane {
   void withdraw(SlotIndex slot);
   void promote(SlotIndex slot);
 
+  /// Later work on the stream `consumer` waits, on the device, for the fill of `slot` if this lane
+  /// has issued one. Nothing blocks.
+  void make_consumer_wait(std::uintptr_t consumer, SlotIndex slot);
+
  private:
   struct Pending {
     Fill fill{};
@@ -52,11 +56,11 @@ class CopyLane {
   void work();
 
   std::unique_ptr<Stream> stream_;
-  OnEnd on_end_;
+  OnNotice on_notice_;
   std::mutex mutex_;
   std::condition_variable submitted_;
   std::vector<Pending> pending_;  // in the device
-  Ring<Ended> rejected_;          // by the device, not told yet
+  Ring<FillNotice> rejected_;     // by the device, not told yet
   bool stopping_ = false;
   std::thread worker_;
 };

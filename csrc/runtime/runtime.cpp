@@ -1,9 +1,14 @@
 #include "runtime/runtime.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <utility>
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
+#include "compute/cuda_layer_compute.hpp"
+#include "device/cuda_device.hpp"
+#include "device/make_device.hpp"
 
 namespace spmoe {
 namespace {
@@ -15,6 +20,11 @@ constexpr std::size_t launch_rows = 32;
 constexpr std::size_t prefetch_window = 2;
 
 constexpr std::uint64_t slot_alignment = 256;
+
+// Predictions on their way from the device: some draft steps ahead of the worker.
+constexpr std::size_t letters_a_layer = 8;
+
+constexpr std::size_t verified_index_bytes = 4096;  // what the router chooses in a verification
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t unit) {
   return (bytes + unit - 1) / unit * unit;
@@ -39,15 +49,22 @@ SlotIndex slots_in(const ExpertStore& store, const RuntimeOptions& options, std:
   return static_cast<SlotIndex>(std::min(slots, all));
 }
 
+std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
+                                                 const RuntimeOptions& options) {
+  if (const auto index = cuda_index(options.device)) {
+    return make_cuda_layer_compute(format, options.activation, *index);
+  }
+  return make_host_layer_compute(format, options.activation, options.compute_threads, options.isa);
+}
+
 }  // namespace
 
 Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
     : store_{std::move(store)},
-      device_{make_host_device(options.device)},
+      device_{make_device(options.device, options.link)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
-      compute_{make_host_layer_compute(store_->format(), options.activation,
-                                       options.compute_threads, options.isa)},
+      compute_{make_layer_compute(store_->format(), options)},
       rows_{store_->expert_count()},
       scheduler_{
           {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes(),
@@ -55,16 +72,30 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
           options.policies},
       timings_(store_->layer_count()),
       trace_{options.trace_spans},
+      last_use_(slot_count_, 0),
       pool_{std::make_unique<Buffer>(*device_, slot_count_ * slot_stride_)} {
+  index_ = std::make_unique<PinnedBuffer>(*device_, verified_index_bytes);
   tasks_.reserve(store_->expert_count());
   ready_.reserve(store_->expert_count());
   const std::size_t fills_at_once = store_->expert_count() + prefetch_window;
   fills_.reserve(fills_at_once);
   batches_.reserve(fills_at_once);
   ops_.reserve(fills_at_once * store_->extents({0, 0}).size());
-  const auto on_end = [this](const CopyLane::Ended& ended) { this->on_end(ended); };
-  demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, on_end);
-  prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, on_end);
+  const auto listener = [this](const CopyLane::FillNotice& notice) { on_notice(notice); };
+  demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, listener);
+  prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, listener);
+  mailbox_ = std::make_shared<ScoreMailbox>(
+      *device_, store_->expert_count(), letters_a_layer * store_->layer_count(),
+      [this](const ScoreMailbox::Letter& letter, std::span<const float> scores) {
+        on_scores(letter, scores);
+      });
+  // After all other pinned memory, for it takes what there is.
+  if (options.pinned_memory_bytes > 0) {
+    pinned_ = std::make_unique<PinnedStore>(store_, *device_, options.pinned_memory_bytes,
+                                            options.link.copy_threads, options.pinned_progress);
+    pinned_bytes_ = pinned_->pinned_bytes();
+    pinned_fill_s_ = pinned_->fill_s();
+  }
 }
 
 Runtime::~Runtime() { close(); }
@@ -73,16 +104,28 @@ void Runtime::close() {
   const std::scoped_lock call{call_mutex_};
   std::unique_ptr<CopyLane> demand;
   std::unique_ptr<CopyLane> prefetch;
+  std::shared_ptr<ScoreMailbox> mailbox;
   {
     // Without lanes nothing more starts; what is under way still lands in the pool.
     const std::scoped_lock lock{mutex_};
     demand.swap(demand_lane_);
     prefetch.swap(prefetch_lane_);
+    mailbox.swap(mailbox_);
   }
+  mailbox.reset();
   demand.reset();
   prefetch.reset();
+  try {
+    for (const Mark mark : last_use_) device_->wait(mark);
+  } catch (const DeviceError&) {
+    // Work on the slots failed, so it has ended: they may go.
+  }
+  index_.reset();
   pool_.reset();
+  pinned_.reset();
 }
+
+const ExpertStore& Runtime::blobs() const { return pinned_ == nullptr ? *store_ : *pinned_; }
 
 void Runtime::require_open(std::uint16_t layer) const {
   if (demand_lane_ == nullptr) {
@@ -100,56 +143,85 @@ std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slo
 void Runtime::forward(std::uint16_t layer, const LayerArgs& args) {
   const std::scoped_lock call{call_mutex_};  // `close` takes it too, so what is open stays open
   require_open(layer);
-  rows_.assign({args.top_k_index, std::size_t{args.tokens} * args.k}, args.k);
+  rows_.assign(fetch_index(args), args.k);
   compute_->begin(args);
 
   std::unique_lock lock{mutex_};
-  failure_.clear();
+  throw_failure();
   try {
-    run_needed(lock, layer, args.tokens);
+    run_needed(lock, layer, args);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     scheduler_.abandon_need();
+    failure_.clear();
     throw;
   }
   lock.unlock();
   compute_->end();
 }
 
+std::span<const std::int64_t> Runtime::fetch_index(const LayerArgs& args) {
+  const std::size_t count = std::size_t{args.tokens} * args.k;
+  const std::size_t bytes = count * sizeof(std::int64_t);
+  if (index_ == nullptr || index_->bytes() < bytes) {
+    index_.reset();
+    index_ = std::make_unique<PinnedBuffer>(*device_, std::bit_ceil(bytes));
+  }
+  // The one wait of a layer: which experts it needs decides all that follows.
+  device_->wait(
+      device_->read_back(index_->data(), args.top_k_index, bytes, args.consumer, HostWait::spin));
+  return {reinterpret_cast<const std::int64_t*>(index_->data()), count};
+}
+
+void Runtime::throw_failure() {
+  if (!failure_.empty()) throw DeviceError{std::exchange(failure_, {})};
+}
+
 void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
-                         std::uint32_t tokens) {
-  scheduler_.need(layer, rows_.experts(), rows_.counts(), tokens);
+                         const LayerArgs& args) {
+  scheduler_.need(layer, rows_.experts(), rows_.counts(), args.tokens);
   start_fills();
   for (std::size_t computed = 0; computed < rows_.experts().size();) {
     ready_.clear();
     scheduler_.take_ready(ready_);
     if (!ready_.empty()) {
       computed += ready_.size();
-      compute_ready(lock, layer);
-    } else if (!failure_.empty()) {
-      throw DeviceError{failure_};
+      compute_ready(lock, layer, args.consumer);
     } else {
+      throw_failure();
       const double start_s = now_s();
       landed_.wait(lock);
       finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
     }
   }
+  throw_failure();
 }
 
-void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer) {
+void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
+                            std::uintptr_t consumer) {
   for (std::size_t first = 0, last = 0; first < ready_.size(); first = last) {
     tasks_.clear();
     std::size_t rows = 0;
-    for (; last < ready_.size() && (last == first || rows < launch_rows); ++last) {
+    // What is still landing runs by itself, so that nothing else waits for it.
+    for (; last < ready_.size() && (last == first || (rows < launch_rows && !ready_[last].landing));
+         ++last) {
       tasks_.push_back(rows_.task(ready_[last].expert, slot_data(ready_[last].slot)));
-      rows += tasks_.back().out_rows.size();
+      rows += ready_[last].landing ? launch_rows : tasks_.back().out_rows.size();
     }
     lock.unlock();
     const double start_s = now_s();
+    if (ready_[first].landing) {
+      demand_lane_->make_consumer_wait(consumer, ready_[first].slot);
+      prefetch_lane_->make_consumer_wait(consumer, ready_[first].slot);
+    }
     compute_->run(tasks_);
+    const Mark used = device_->mark(consumer);
     lock.lock();
     finish_span(Lane::compute, layer, start_s, timings_[layer].compute_s);
-    for (std::size_t i = first; i < last; ++i) scheduler_.computed(ready_[i].expert);
+    for (std::size_t i = first; i < last; ++i) {
+      last_use_[ready_[i].slot] = used;
+      scheduler_.computed(ready_[i].expert);
+    }
     start_fills();
   }
 }
@@ -193,7 +265,7 @@ void Runtime::list_copies() {
   ops_.clear();
   for (const Fill& fill : fills_) {
     std::byte* place = slot_data(fill.slot);
-    for (const Extent& extent : store_->extents(fill.expert)) {
+    for (const Extent& extent : blobs().extents(fill.expert)) {
       ops_.push_back({place, extent});
       place += extent.bytes;
     }
@@ -201,34 +273,42 @@ void Runtime::list_copies() {
   batches_.clear();
   std::span<const CopyOp> rest{ops_};
   for (const Fill& fill : fills_) {
-    const std::size_t count = store_->extents(fill.expert).size();
-    batches_.push_back(rest.first(count));
+    const std::size_t count = blobs().extents(fill.expert).size();
+    batches_.push_back({rest.first(count), last_use_[fill.slot]});
     rest = rest.subspan(count);
   }
 }
 
-void Runtime::on_end(const CopyLane::Ended& ended) {
+void Runtime::on_notice(const CopyLane::FillNotice& notice) {
+  using What = BatchNotice::What;
   const std::scoped_lock lock{mutex_};
-  const Fill& fill = ended.fill;
-  const BatchEnd& end = ended.end;
+  const Fill& fill = notice.fill;
+  const BatchNotice& batch = notice.batch;
+  if (batch.what == What::issued) {
+    scheduler_.issued(fill.slot);
+    landed_.notify_all();
+    return;
+  }
   if (fill.kind == FillKind::prefetch) --prefetches_;
-  if (end.how == BatchEnd::How::landed) {
+  if (batch.what == What::landed) {
     scheduler_.filled(fill.slot);
-  } else if (end.how == BatchEnd::How::withdrawn) {
-    scheduler_.withdrawn(fill.slot, end.bytes_moved);
-  } else if (scheduler_.failed(fill.slot, end.bytes_moved)) {
-    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + end.error +
+  } else if (batch.what == What::withdrawn) {
+    scheduler_.withdrawn(fill.slot, batch.bytes_moved);
+  } else if (scheduler_.failed(fill.slot, batch.bytes_moved)) {
+    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + batch.error +
                "; the request fails, the next one reads it again";
   }
   start_fills();
   trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,
-               ended.start_s, ended.end_s, static_cast<std::uint32_t>(scheduler_.queue_depth())});
-  landed_.notify_one();
+               notice.start_s, notice.end_s, static_cast<std::uint32_t>(scheduler_.queue_depth())});
+  landed_.notify_all();
 }
 
 void Runtime::begin_request() {
-  const std::scoped_lock lock{mutex_};
+  std::unique_lock lock{mutex_};
   require_open(0);
+  landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
+  failure_.clear();  // of the request before
   scheduler_.begin_request();
   start_fills();
 }
@@ -241,6 +321,31 @@ void Runtime::predict(std::uint16_t layer, std::span<const float> scores, Predic
                           std::to_string(store_->expert_count()) + " experts"};
   }
   scheduler_.predict(layer, scores, source);
+  start_fills();
+}
+
+void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource source,
+                      std::uintptr_t consumer) {
+  std::shared_ptr<ScoreMailbox> mailbox;
+  std::uint64_t iteration = 0;
+  {
+    const std::scoped_lock lock{mutex_};
+    require_open(layer);
+    mailbox = mailbox_;
+    iteration = iterations_;
+  }
+  if (mailbox->send({layer, source, iteration}, scores, consumer)) return;
+  const std::scoped_lock lock{mutex_};
+  ++dropped_predictions_;
+}
+
+void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores) {
+  const std::scoped_lock lock{mutex_};
+  if (letter.iteration != iterations_ || demand_lane_ == nullptr) {
+    ++dropped_predictions_;
+    return;
+  }
+  scheduler_.predict(letter.layer, scores, letter.source);
   start_fills();
 }
 
@@ -282,8 +387,10 @@ std::vector<UseForecast::Bucket> Runtime::calibration() const {
 }
 
 void Runtime::end_iteration(std::uint32_t accepted) {
-  const std::scoped_lock lock{mutex_};
+  std::unique_lock lock{mutex_};
   require_open(0);
+  landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
+  throw_failure();
   ++iterations_;
   accepted_ += accepted;
   scheduler_.end_iteration();
@@ -312,6 +419,10 @@ RuntimeStats Runtime::stats() const {
   stats.policy = scheduler_.prefetch_name();
   stats.eviction = scheduler_.eviction_name();
   stats.queue_depth = scheduler_.queue_depth();
+  stats.device = device_->name();
+  stats.pinned_bytes = pinned_bytes_;
+  stats.pinned_fill_s = pinned_fill_s_;
+  stats.dropped_predictions = dropped_predictions_;
   return stats;
 }
 

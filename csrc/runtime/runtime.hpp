@@ -15,9 +15,11 @@
 #include "base/trace.hpp"
 #include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
-#include "device/host_device.hpp"
+#include "device/device.hpp"
 #include "runtime/copy_lane.hpp"
+#include "runtime/pinned_store.hpp"
 #include "runtime/routed_rows.hpp"
+#include "runtime/score_mailbox.hpp"
 #include "schedule/scheduler.hpp"
 #include "store/expert_store.hpp"
 
@@ -27,9 +29,12 @@ struct RuntimeOptions {
   std::uint64_t expert_memory_bytes = 0;  ///< for slots; rounded down to whole ones
   std::uint32_t experts_per_token = 0;    ///< the model's top-k: one wave needs so many slots
   ActivationParams activation;
-  unsigned compute_threads = 0;  ///< 0: one a core
-  std::string isa = "auto";      ///< of the kernels; see make_host_expert_ffn
-  HostDeviceOptions device;
+  unsigned compute_threads = 0;  ///< of the host's kernels; 0: one a core
+  std::string isa = "auto";      ///< of these; see make_host_expert_ffn
+  std::string device = "host";   ///< or "cuda:<index>"
+  DeviceOptions link;
+  std::uint64_t pinned_memory_bytes = 0;  ///< of blobs to hold in pinned memory, if it can be had
+  FillProgress pinned_progress;           ///< told while these are read
   PolicyNames policies;
   std::size_t trace_spans = 0;  ///< the latest spans of time to keep; 0: none
 };
@@ -45,6 +50,10 @@ struct RuntimeStats {
   std::string_view policy;     ///< of prefetching
   std::string_view eviction;
   std::size_t queue_depth = 0;  ///< fills that wait for the link
+  std::string_view device;
+  std::uint64_t pinned_bytes = 0;         ///< of blobs in pinned memory
+  double pinned_fill_s = 0;               ///< reading them took so long
+  std::uint64_t dropped_predictions = 0;  ///< that came from the device too late, or too many
 };
 
 /// Runs the routed experts of a model whose blobs rest in a store, in a fixed pool of slots.
@@ -62,9 +71,11 @@ class Runtime {
   ~Runtime();
 
   /// out[t] = sum over k of top_k_weights[t, k] * expert(top_k_index[t, k])(x[t]), in fp32, in the
-  /// order of k, so that the bits do not depend on residency. Blocks; fetches what is missing.
+  /// order of k, so that the bits do not depend on residency. Fetches what is missing. Blocks; on
+  /// a device with streams only until all of it is enqueued on `args.consumer`.
   /// @throws InvalidArgument if an index is out of range; DeviceError if an expert's bytes could
-  ///         not be read, naming expert and file. The runtime stays usable after either.
+  ///         not be read, naming expert and file, perhaps those of a call before that had returned.
+  ///         The runtime stays usable after either.
   void forward(std::uint16_t layer, const LayerArgs& args);
 
   /// A request begins; see `Scheduler::begin_request`.
@@ -74,6 +85,11 @@ class Runtime {
   /// `UseForecast::predict`. Starts prefetches, waits for nothing.
   void predict(std::uint16_t layer, std::span<const float> scores,
                PredictionSource source = PredictionSource::draft);
+
+  /// The same of scores in device memory, made by work on `consumer`: they take effect once that
+  /// has run. Predictions of an iteration that has ended meanwhile are dropped.
+  void predict(std::uint16_t layer, const float* scores, PredictionSource source,
+               std::uintptr_t consumer);
 
   /// What the measured costs of the machine allow from now on.
   /// @throws InvalidArgument if there is neither no budget nor one for each layer.
@@ -92,7 +108,8 @@ class Runtime {
   /// How often predictions of about the same score came true.
   [[nodiscard]] std::vector<UseForecast::Bucket> calibration() const;
 
-  /// An iteration ended with `accepted` draft tokens.
+  /// An iteration ended with `accepted` draft tokens. Blocks until all that was computed stands.
+  /// @throws DeviceError if it does not, as `forward`.
   void end_iteration(std::uint32_t accepted);
 
   /// Plants faults in the link, for tests.
@@ -105,22 +122,29 @@ class Runtime {
 
  private:
   void require_open(std::uint16_t layer) const;
-  void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, std::uint32_t tokens);
-  void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer);
+  [[nodiscard]] const ExpertStore& blobs() const;
+  void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
+  [[nodiscard]] std::span<const std::int64_t> fetch_index(const LayerArgs& args);
+  void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
+  void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
+                     std::uintptr_t consumer);
+  void throw_failure();
   void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
   void start_fills();
   void list_copies();
-  void on_end(const CopyLane::Ended& ended);
+  void on_notice(const CopyLane::FillNotice& notice);
   [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
 
   const std::shared_ptr<const ExpertStore> store_;
-  const std::unique_ptr<HostDevice> device_;
+  const std::unique_ptr<Device> device_;
+  std::unique_ptr<PinnedStore> pinned_;  // none if nothing is to be pinned
   const std::uint64_t slot_stride_;
   const SlotIndex slot_count_;
 
-  std::mutex call_mutex_;  // one forward at a time; guards the next four
+  std::mutex call_mutex_;  // one forward at a time; guards the next five
   std::unique_ptr<LayerCompute> compute_;
   RoutedRows rows_;
+  std::unique_ptr<PinnedBuffer> index_;  // what the router chose
   std::vector<ExpertTask> tasks_;
   std::vector<ReadyExpert> ready_;
 
@@ -129,9 +153,13 @@ class Runtime {
   Scheduler scheduler_;
   std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
   TraceRing trace_;
-  std::string failure_;  // why the running forward cannot go on
+  std::string failure_;         // why the running need, or what was computed before, is spoiled
+  std::vector<Mark> last_use_;  // by slot: its next fill waits for that
   std::uint64_t iterations_ = 0;
   std::uint64_t accepted_ = 0;
+  std::uint64_t dropped_predictions_ = 0;
+  std::uint64_t pinned_bytes_ = 0;
+  double pinned_fill_s_ = 0;
   std::size_t prefetches_ = 0;  // in flight
   std::vector<Fill> fills_;     // being started: demands, then prefetches
   std::vector<CopyOp> ops_;     // of all of these
@@ -139,6 +167,7 @@ class Runtime {
   std::unique_ptr<Buffer> pool_;
   std::unique_ptr<CopyLane> demand_lane_;
   std::unique_ptr<CopyLane> prefetch_lane_;
+  std::shared_ptr<ScoreMailbox> mailbox_;
 };
 
 }  // namespace spmoe

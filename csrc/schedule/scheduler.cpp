@@ -82,7 +82,11 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
       become_ready(*slot);
     } else {
       ++stats.late;
-      if (fills_[*slot].kind == FillKind::prefetch) change(*slot, FillChange::To::promoted);
+      if (fills_[*slot].issued) {
+        become_ready(*slot);
+      } else if (fills_[*slot].kind == FillKind::prefetch) {
+        change(*slot, FillChange::To::promoted);
+      }
     }
   }
   forget_predictions(layer);
@@ -133,7 +137,7 @@ void Scheduler::withdraw_unless_kept(SlotIndex slot) {
   FillState& fill = fills_[slot];
   if (slots_[slot].state != SlotState::filling || fill.kind != FillKind::prefetch) return;
   const ExpertId expert = slots_[slot].expert;
-  if (fill.withdrawn || waited_for(expert) || prefetch_->keeps(expert)) return;
+  if (fill.issued || fill.withdrawn || waited_for(expert) || prefetch_->keeps(expert)) return;
   fill.withdrawn = true;
   change(slot, FillChange::To::withdrawn);
 }
@@ -174,21 +178,33 @@ void Scheduler::become_ready(SlotIndex slot) {
   landed_.push_back({expert, slot});
 }
 
+void Scheduler::release(SlotIndex slot) {
+  slots_.release(slot);
+  if (slots_[slot].leases == 0 && std::exchange(fills_[slot].failed, false)) {
+    slots_.abort_fill(slot);
+  }
+}
+
 void Scheduler::take_ready(std::vector<ReadyExpert>& ready) {
+  for (ReadyExpert& landed : landed_) {
+    FillState& fill = fills_[landed.slot];
+    landed.landing = fill.issued;
+    fill.computed_behind |= fill.issued;
+  }
   ready.insert(ready.end(), landed_.begin(), landed_.end());
   landed_.clear();
 }
 
 void Scheduler::computed(std::uint16_t expert) {
   wants_.at(expert) = Want::none;
-  slots_.release(slots_.find({layer_, expert}).value());
+  release(slots_.find({layer_, expert}).value());
 }
 
 void Scheduler::abandon_need() {
   for (std::uint16_t expert = 0; expert < shape_.expert_count; ++expert) {
     const Want want = std::exchange(wants_[expert], Want::none);
     const ExpertId id{layer_, expert};
-    if (want == Want::leased) slots_.release(slots_.find(id).value());
+    if (want == Want::leased) release(slots_.find(id).value());
     if (want != Want::waiting || queue_.cancel(id)) continue;
     // Under way for nobody now: as good as a prefetch.
     if (const auto slot = slots_.find(id)) fills_[*slot] = {FillKind::prefetch, true};
@@ -268,14 +284,25 @@ void Scheduler::count_moved(SlotIndex slot, std::uint64_t bytes) {
 }
 
 void Scheduler::forget_fill(SlotIndex slot) {
-  fills_[slot].withdrawn = false;
+  fills_[slot].withdrawn = fills_[slot].issued = fills_[slot].computed_behind = false;
   std::erase_if(changes_, [=](const FillChange& change) { return change.slot == slot; });
+}
+
+void Scheduler::issued(SlotIndex slot) {
+  const ExpertId expert = slots_[slot].expert;
+  fills_[slot].issued = true;
+  eviction_->on_fill(slot, expert);
+  if (!fills_[slot].withdrawn && waited_for(expert)) become_ready(slot);
+}
+
+bool Scheduler::computed_ahead() const {
+  return std::ranges::any_of(fills_, &FillState::computed_behind);
 }
 
 void Scheduler::filled(SlotIndex slot) {
   const ExpertId expert = slots_[slot].expert;
   slots_.finish_fill(slot);
-  eviction_->on_fill(slot, expert);
+  if (!fills_[slot].issued) eviction_->on_fill(slot, expert);
   count_moved(slot, shape_.blob_bytes);
   forget_fill(slot);
   queue_.cancel(expert, FillKind::demand);  // of one that was withdrawn and needed again
@@ -293,10 +320,13 @@ void Scheduler::withdrawn(SlotIndex slot, std::uint64_t bytes_moved) {
 
 bool Scheduler::failed(SlotIndex slot, std::uint64_t bytes_moved) {
   const ExpertId expert = slots_[slot].expert;
+  const bool leased = slots_[slot].leases > 0;
+  const bool spoiled = leased || fills_[slot].computed_behind;
   count_moved(slot, bytes_moved);
   forget_fill(slot);
-  slots_.abort_fill(slot);
-  if (!waited_for(expert)) return false;
+  fills_[slot].failed = leased;
+  if (!leased) slots_.abort_fill(slot);
+  if (!waited_for(expert)) return spoiled;
   if (fills_[slot].kind == FillKind::prefetch) {
     queue_.push(expert, FillKind::demand);  // only a read of its own can fail a need
     return false;

@@ -39,6 +39,7 @@ struct FillChange {
 struct ReadyExpert {
   std::uint16_t expert;
   SlotIndex slot;
+  bool landing = false;  ///< only behind its fill, which is issued and has not ended
 };
 
 /// Decides which expert is filled into which slot, and when. A state machine: it owns no thread,
@@ -48,7 +49,8 @@ struct ReadyExpert {
 ///
 /// One need at a time: `need` opens it, `take_ready` and `computed` consume it, and it ends when
 /// every expert has been computed or by `abandon_need`. Meanwhile `next_change`, `next_fill` and
-/// `filled`, `withdrawn` or `failed` move the transfers on.
+/// `filled`, `withdrawn` or `failed` move the transfers on. Where compute can be ordered behind a
+/// fill, `issued` makes its expert ready before it has landed.
 ///
 /// A prefetch under way is withdrawn when its layer runs without its expert, or when the iteration
 /// that predicted it ends and its layer has not run, unless the policy keeps it. After a
@@ -96,13 +98,20 @@ class Scheduler {
   /// leased, being filled or worth more than what waits. Demands come first.
   [[nodiscard]] std::optional<Fill> next_fill(FillKind at_least = FillKind::prefetch);
 
+  /// The fill of `slot` is on its way, and may be computed behind. Told at most once, before its
+  /// end, and not of one that ends as withdrawn.
+  void issued(SlotIndex slot);
   /// The fill of `slot` has landed whole, even if it was to be withdrawn.
   void filled(SlotIndex slot);
   /// The fill of `slot` was withdrawn with `bytes_moved` of its bytes; the slot is empty again.
   void withdrawn(SlotIndex slot, std::uint64_t bytes_moved);
-  /// The fill of `slot` failed with `bytes_moved` of its bytes; the slot is empty again. Returns
-  /// whether it was a demand of the running need; one that was not, but is needed, becomes one.
+  /// The fill of `slot` failed with `bytes_moved` of its bytes; the slot is empty again, once it is
+  /// not leased. Returns whether somebody's results are spoiled: it was a demand of the running
+  /// need, or was computed behind. A prefetch that is needed becomes a demand.
   bool failed(SlotIndex slot, std::uint64_t bytes_moved);
+
+  /// Whether something was computed behind a fill that has not ended.
+  [[nodiscard]] bool computed_ahead() const;
 
   /// The iteration is over: predictions that were not used lose their protection, and prefetches
   /// for layers that did not run are withdrawn.
@@ -131,6 +140,7 @@ class Scheduler {
 
   [[nodiscard]] bool waited_for(ExpertId expert) const;  // by the running need
   void become_ready(SlotIndex slot);
+  void release(SlotIndex slot);
   void count_recall(std::uint16_t layer, std::span<const std::uint16_t> experts);
   void forget_predictions(std::uint16_t layer);
   void withdraw_unwanted(std::uint16_t layer);
@@ -161,6 +171,9 @@ class Scheduler {
     bool unused = false;  // prefetched and not used yet
     bool fresh = false;   // prefetched or kept for a layer that is still to come in this pass
     bool withdrawn = false;
+    bool issued = false;
+    bool computed_behind = false;
+    bool failed = false;  // and leased
   };
   std::vector<FillState> fills_;     // by slot
   std::vector<FillChange> changes_;  // not told, at most one a slot

@@ -62,7 +62,8 @@ void SlotTable::finish_fill(SlotIndex slot) {
 }
 
 void SlotTable::abort_fill(SlotIndex slot) {
-  Slot& aborted = require(slot, slots_.at(slot).state == SlotState::filling, "abort_fill");
+  Slot& aborted = require(
+      slot, slots_.at(slot).state == SlotState::filling && slots_[slot].leases == 0, "abort_fill");
   slot_of_[place(aborted.expert)] = no_slot;
   aborted.state = SlotState::empty;
   empty_.push_back(slot);
@@ -79,7 +80,7 @@ void SlotTable::evict(SlotIndex slot) {
 }
 
 void SlotTable::lease(SlotIndex slot) {
-  ++require(slot, slots_.at(slot).state == SlotState::resident, "lease").leases;
+  ++require(slot, slots_.at(slot).state != SlotState::empty, "lease").leases;
 }
 
 void SlotTable::release(SlotIndex slot) {

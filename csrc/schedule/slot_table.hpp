@@ -9,14 +9,15 @@
 
 namespace spmoe {
 
-/// empty -> filling -> resident -> empty. A failed fill goes back to empty. A resident slot may be
-/// leased any number of times at once and then cannot be evicted.
+/// empty -> filling -> resident -> empty. A failed fill goes back to empty. A slot that is not
+/// empty may be leased any number of times at once and then becomes no other's: while it is being
+/// filled, by who computes behind the fill.
 enum class SlotState : std::uint8_t { empty, filling, resident };
 
 struct Slot {
   SlotState state = SlotState::empty;
   ExpertId expert{};         ///< meaningful unless empty
-  std::uint32_t leases = 0;  ///< uses under way; only while resident
+  std::uint32_t leases = 0;  ///< uses under way
 };
 
 /// Residency: which expert is in which slot, in which state, leased how often. One thread.
@@ -37,9 +38,9 @@ class SlotTable {
   /// empty -> filling. `slot` is the one that `find_empty` returns; `expert` has none yet.
   void begin_fill(SlotIndex slot, ExpertId expert);
   void finish_fill(SlotIndex slot);  ///< filling -> resident
-  void abort_fill(SlotIndex slot);   ///< filling -> empty
+  void abort_fill(SlotIndex slot);   ///< filling and not leased -> empty
   void evict(SlotIndex slot);        ///< resident and not leased -> empty
-  void lease(SlotIndex slot);        ///< resident, one lease more
+  void lease(SlotIndex slot);        ///< not empty, one lease more
   void release(SlotIndex slot);      ///< one lease less
 
  private:

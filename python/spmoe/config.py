@@ -50,6 +50,23 @@ def parse_memory(text: int | str, total_bytes: int) -> int:
     return int(value)
 
 
+def parse_pinned_memory(text: int | str, total_bytes: int) -> int:
+    """Return the bytes that a setting of page-locked memory means: 0, or as `parse_memory`.
+
+    Raises:
+        InvalidArgument: It is neither.
+    """
+    if str(text).strip() == "0":
+        return 0
+    try:
+        return parse_memory(text, total_bytes)
+    except InvalidArgument:
+        raise InvalidArgument(
+            f'pinned_memory "{text}" is not an amount of memory; give "auto", 0, a share of the '
+            'experts such as "50%", a size such as "32GiB", or bytes'
+        ) from None
+
+
 def format_bytes(count: float) -> str:
     """Return a size for people, in binary units: "5.1 MiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

@@ -72,7 +72,7 @@ class Engine(Closeable):
             )
             self.planner = Planner(costs, shape)
         self.cutoff_layer: int | None = None  # in place of the planner's
-        self.layer_map = layer_map
+        self.layer_map = None if layer_map is None else layer_map.to(runtime.device)
         self.last: Metrics | None = None  # figures of the last request
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._limits: Limits | None = None  # of the running iteration

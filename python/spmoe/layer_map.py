@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -63,6 +63,10 @@ class LayerMap:
         index = logits.topk(self.experts_per_token, dim=-1).indices
         scores = logits.softmax(dim=-1)
         return scores.scatter_add(1, index, torch.ones_like(scores))
+
+    def to(self, device: torch.device) -> LayerMap:
+        """Return the same map with its weights on a device."""
+        return replace(self, weights=self.weights.to(device))
 
     def mismatch(self, target: HasMoeLayers, draft: Any) -> str | None:
         """Return why the map is of another pair, None if its shape fits this one."""

@@ -7,6 +7,7 @@ from os import PathLike
 import torch
 
 from spmoe.config import check_draft_length
+from spmoe.devices import native_name, resolve_device
 from spmoe.engine import Engine
 from spmoe.measure import estimate
 from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolve_dtype
@@ -22,6 +23,7 @@ def load(
     *,
     expert_memory: int | str = "25%",
     device: str = "auto",
+    pinned_memory: int | str = "auto",
     draft_length: int | str = 4,
     policy: str = "horizon",
     eviction: str = "auto",
@@ -37,7 +39,9 @@ def load(
         draft: Directory or hub id of a model of the same tokenizer that proposes tokens; None
             decodes plainly. Changes speed, never the text.
         expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
-        device: "auto" or "host".
+        device: Of all that computes: "host", "cuda", "cuda:<index>", or "auto": CUDA where it can
+            be used.
+        pinned_memory: As for `Runtime`.
         draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
         policy: What is prefetched: one of `spmoe.runtime.POLICIES`. Changes speed, never the text.
         eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
@@ -51,18 +55,21 @@ def load(
         InvalidArgument: A model without experts, a budget too small, a draft that does not fit.
         CheckpointError: A shard is missing or damaged.
         OutOfMemory: The budget is not to be had.
+        DeviceError: The CUDA device cannot be used; the message says why.
     """
     report = progress or silent
     check_draft_length(draft_length)
+    place = resolve_device(device)
+    device = native_name(place)
     steps = 4 if draft is not None else 3
     report("loading the target without its experts", 0, steps)
     chosen = resolve_dtype(dtype)
-    loaded = load_target(target, dtype=chosen)
+    loaded = load_target(target, dtype=chosen, device=place)
     tokenizer = load_tokenizer(target)
     drafter = None
     if draft is not None:
         report("loading the draft", 1, steps)
-        drafter = load_draft(draft)
+        drafter = load_draft(draft, device=place)
         check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
     costs = layer_map = None
     if policy in PLANNED or draft_length == "auto":
@@ -84,6 +91,8 @@ def load(
         policy=policy,
         eviction=eviction,
         trace_spans=trace_spans,
+        pinned_memory=pinned_memory,
+        progress=progress,
     )
     report("ready", steps, steps)
     return Engine(

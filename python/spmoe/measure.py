@@ -17,6 +17,7 @@ from spmoe import probe
 from spmoe.calibration import tokenize_calibration
 from spmoe.config import parse_memory
 from spmoe.costs import Costs
+from spmoe.devices import native_name, resolve_device
 from spmoe.models.cached import CausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import (
@@ -55,9 +56,10 @@ def make_profile(
 
     The result is not saved yet. Arguments as for `spmoe.load`; ``repeats`` as for `measure`.
     """
-    chosen = resolve_dtype(dtype)
-    loaded = load_target(target, dtype=chosen)
-    drafter = load_draft(draft) if draft is not None else None
+    chosen, place = resolve_dtype(dtype), resolve_device(device)
+    device = native_name(place)
+    loaded = load_target(target, dtype=chosen, device=place)
+    drafter = load_draft(draft, device=place) if draft is not None else None
     text = load_prompts()[0].text
     tokenizer = load_tokenizer(target)
     tokens: list[int] = tokenizer(text)["input_ids"]
@@ -192,8 +194,8 @@ def _read_head(target: TargetModel) -> Any:
     """Return work that reads much memory, as decoding does: the target's own output layer."""
     model: Any = target.model
     head = model.get_output_embeddings()
-    state = torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype)
-    return lambda: torch.nn.functional.linear(state, head.weight)
+    state = torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
+    return lambda: int(torch.nn.functional.linear(state, head.weight).argmax())
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -26,7 +26,7 @@ def draft_steps(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
     model.read(tokens[-1:])  # the first one prepares
     while True:
         start = time.perf_counter()
-        model.read(tokens[-1:])
+        _choose(model.read(tokens[-1:]))
         yield time.perf_counter() - start
         model.rewind(len(tokens))
 
@@ -44,7 +44,7 @@ def draft_tokens(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
         seconds = []
         for end in (2, len(tokens)):
             start = time.perf_counter()
-            model.read(tokens[1:end])
+            _choose(model.read(tokens[1:end]))
             seconds.append(time.perf_counter() - start)
             model.rewind(1)
         yield max(0.0, seconds[1] - seconds[0]) / (len(tokens) - 2)
@@ -67,7 +67,7 @@ def target_layers(
     while True:
         stall_s = runtime.stats(by_layer=False)["stall_s"]
         start = time.perf_counter()
-        model.read(tokens[context:], last=rows)
+        _choose(model.read(tokens[context:], last=rows))
         seconds = time.perf_counter() - start
         waited = runtime.stats(by_layer=False)["stall_s"] - stall_s
         yield (seconds - waited) / len(target.moe_layers)
@@ -82,11 +82,12 @@ def copies(runtime: Runtime, batch: int) -> Iterator[float]:
         batch: No more than a layer has, nor than there are slots.
     """
     store = runtime.store
-    x = torch.zeros(batch, store.hidden)
-    weights = torch.ones(batch, 1)
+    x = torch.zeros(batch, store.hidden, device=runtime.device)
+    weights = torch.ones(batch, 1, device=runtime.device)
     for layer, experts in _tour(runtime, batch):
         before = runtime.stats(by_layer=False)
         runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
+        _settle(runtime)
         after = runtime.stats(by_layer=False)
         moved = (after["link_bytes"] - before["link_bytes"]) / store.blob_bytes
         busy_s = after["link_busy_s"] - before["link_busy_s"]
@@ -126,6 +127,11 @@ def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object])
         moved = (runtime.stats(by_layer=False)["link_bytes"] - before) / store.blob_bytes
         _settle(runtime)
         yield max(0.0, beside - alone) / moved if moved else 0.0
+
+
+def _choose(logits: torch.Tensor) -> None:
+    """Take the likeliest tokens, as decoding does: that waits for a device that runs behind."""
+    logits.argmax(dim=-1).tolist()
 
 
 def _tour(runtime: Runtime, batch: int) -> Iterator[tuple[int, list[int]]]:

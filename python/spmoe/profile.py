@@ -17,6 +17,7 @@ import torch
 
 from spmoe.config import default_cache
 from spmoe.costs import Costs
+from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.metrics import cpu_model
@@ -57,6 +58,7 @@ class Fingerprint:
             pair=hashlib.sha256(json.dumps(models).encode()).hexdigest()[:16],
             machine={
                 "cpu": cpu_model(),
+                "device": device_model(device),
                 "cores": len(os.sched_getaffinity(0)),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

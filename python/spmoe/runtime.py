@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from typing import Any, Literal
 
@@ -11,22 +11,22 @@ import torch
 
 from spmoe import _core
 from spmoe.closeable import Closeable
-from spmoe.config import parse_memory
+from spmoe.config import parse_memory, parse_pinned_memory
+from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
+from spmoe.machine import read_memory
+from spmoe.progress import Progress, silent
 
 POLICIES: tuple[str, ...] = tuple(_core.prefetch_policy_names())
 EVICTIONS: tuple[str, ...] = tuple(_core.eviction_policy_names())
+
+_PINNED_SHARE = 0.8  # of the memory that is available: the system and others need some
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-
-
-def cuda_status() -> tuple[int, str]:
-    """Return how many CUDA devices spmoe can use, and if none, why."""
-    return _core.cuda_status()
 
 
 def open_store(
@@ -53,7 +53,8 @@ class Runtime(Closeable):
     """Routed experts in a fixed amount of memory, fetched from their store when needed.
 
     Values never depend on what is resident: the same inputs give the same bits at every budget.
-    Thread-safe; calls of `forward` take turns. A context manager.
+    Thread-safe; calls of `forward` take turns. A context manager. On a CUDA device all work goes to
+    torch's current stream, and no call waits for bytes.
 
     Args:
         store: The model's experts; see `open_store`.
@@ -62,7 +63,10 @@ class Runtime(Closeable):
         activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         alpha: Sigmoid factor of "clamped_swiglu".
         limit: Clamp of "clamped_swiglu".
-        device: "host", or "auto", which is the same until the CUDA backend is built.
+        device: "host", "cuda", "cuda:<index>", or "auto": CUDA where it can be used.
+        pinned_memory: Experts to hold in page-locked RAM, from which a CUDA device copies at full
+            speed: an amount as for ``expert_memory``, 0 for none, or "auto": all that fit in RAM,
+            none on the host. The others stay in the checkpoint's files.
         compute_threads: Threads of the expert kernels; 0 means one a core.
         copy_threads: Threads that read from the store.
         link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
@@ -70,11 +74,13 @@ class Runtime(Closeable):
         eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that goes with the
             policy.
         trace_spans: The latest spans of time to keep for `spans`; 0 means none.
+        progress: Called as page-locked memory is filled, with a description, and done of total.
 
     Raises:
         InvalidArgument: A setting is wrong, or the budget is under one wave (the experts that one
             token needs in a layer); the message names the bytes needed.
         OutOfMemory: The memory is not to be had.
+        DeviceError: The CUDA device cannot be used; the message says why.
     """
 
     def __init__(
@@ -93,11 +99,10 @@ class Runtime(Closeable):
         policy: str = "on-demand",
         eviction: str = "auto",
         trace_spans: int = 0,
+        pinned_memory: int | str = "auto",
+        progress: Progress | None = None,
     ) -> None:
-        if device not in ("auto", "host", "cpu"):
-            raise InvalidArgument(
-                f'device "{device}" asked, but this build has only "host"; use device="auto"'
-            )
+        self.device = resolve_device(device)
         self.store = store
         self.policy = policy
         self.trace_spans = trace_spans
@@ -115,7 +120,26 @@ class Runtime(Closeable):
             policy=policy,
             eviction=eviction,
             trace_spans=trace_spans,
+            device=native_name(self.device),
+            pinned_memory_bytes=self._pinned_bytes(pinned_memory),
+            pinned_progress=_in_megabytes(progress or silent),
         )
+
+    def _pinned_bytes(self, pinned_memory: int | str) -> int:
+        total = self.store.total_bytes
+        if pinned_memory != "auto":
+            return parse_pinned_memory(pinned_memory, total)
+        if self.device.type == "cpu":
+            return 0
+        usable = read_memory().usable_bytes
+        return total if usable is None else int(usable * _PINNED_SHARE)
+
+    def _consumer(self) -> int:
+        """Return the stream that torch works on now, 0 on the host."""
+        if self.device.type == "cpu":
+            return 0
+        stream: int = torch.cuda.current_stream(self.device).cuda_stream
+        return stream
 
     def forward(
         self,
@@ -124,11 +148,13 @@ class Runtime(Closeable):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Run one MoE layer; blocks until done, fetching what is not resident.
+        """Run one MoE layer, fetching what is not resident.
+
+        Blocks until done on the host. On a CUDA device it waits for the router's choice alone.
 
         Args:
             layer: MoE layer, 0-based.
-            x: [tokens, hidden], float32, bfloat16 or float16, on the CPU.
+            x: [tokens, hidden], float32, bfloat16 or float16, on the runtime's device.
             top_k_index: [tokens, k], the router's choices.
             top_k_weights: [tokens, k], what each choice weighs.
 
@@ -151,13 +177,13 @@ class Runtime(Closeable):
                 f"got {list(top_k_weights.shape)}"
             )
         for name, tensor in (("x", x), ("top_k_weights", top_k_weights)):
-            if tensor.dtype not in _DTYPE_NAMES or tensor.device.type != "cpu":
+            if tensor.dtype not in _DTYPE_NAMES or tensor.device != self.device:
                 raise InvalidArgument(
-                    f"{name} must be float32, bfloat16 or float16 on the CPU, "
+                    f"{name} must be float32, bfloat16 or float16 on {self.device}, "
                     f"got {tensor.dtype} on {tensor.device}"
                 )
         x = x.detach().contiguous()
-        top_k_index = top_k_index.to("cpu", torch.int64).contiguous()
+        top_k_index = top_k_index.to(self.device, torch.int64).contiguous()
         top_k_weights = top_k_weights.detach().contiguous()
         out = torch.empty_like(x)
         self._native.forward(
@@ -170,6 +196,7 @@ class Runtime(Closeable):
             top_k_weights.data_ptr(),
             _DTYPE_NAMES[top_k_weights.dtype],
             out.data_ptr(),
+            self._consumer(),
         )
         return out
 
@@ -189,6 +216,9 @@ class Runtime(Closeable):
     ) -> None:
         """Tell what the router of ``layer`` is expected to choose. Does not wait.
 
+        Scores on a CUDA device take effect once the work that makes them has run, within the
+        iteration.
+
         Scores of several calls before the layer runs add up. Whatever they are, outputs stay the
         same.
 
@@ -200,6 +230,15 @@ class Runtime(Closeable):
                 as 0.
             source: Whose state they were made from.
         """
+        if isinstance(scores, torch.Tensor) and scores.device.type == "cuda":
+            if scores.shape != (self.store.expert_count,) or scores.device != self.device:
+                raise InvalidArgument(
+                    f"scores must be [{self.store.expert_count}] on the CPU or {self.device}, "
+                    f"got {list(scores.shape)} on {scores.device}"
+                )
+            scores = scores.detach().float().contiguous()
+            self._native.predict_on_device(layer, scores.data_ptr(), source, self._consumer())
+            return
         if isinstance(scores, torch.Tensor):
             scores = scores.detach().to("cpu", torch.float32).numpy()
         self._native.predict(layer, np.ascontiguousarray(scores, dtype=np.float32), source)
@@ -250,7 +289,11 @@ class Runtime(Closeable):
         return self._native.calibration()
 
     def end_iteration(self, accepted: int = 0) -> None:
-        """Tell that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding."""
+        """Tell that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding.
+
+        Raises:
+            DeviceError: A copy that this iteration computed from failed after all.
+        """
         self._native.end_iteration(accepted)
 
     def inject(self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0) -> None:
@@ -270,6 +313,9 @@ class Runtime(Closeable):
 
         `prefetch_wasted_bytes` counts what was moved on a prediction and has not been used (yet):
         demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is under way.
+        "pinned_bytes" of experts are in page-locked memory, which took "pinned_fill_s" to fill; on
+        a CUDA device "dropped_predictions" came too late or too many, and seconds of compute are
+        those of handing it over.
         `cancelled` counts prefetches withdrawn before they started, `cancelled_bytes` what was not
         moved of prefetches withdrawn on their way; what was moved of these is wasted.
         """
@@ -278,3 +324,10 @@ class Runtime(Closeable):
     def close(self) -> None:
         """End the copies under way and give the memory back. May be called twice."""
         self._native.close()
+
+
+def _in_megabytes(progress: Progress) -> Callable[[int, int], None]:
+    def report(done_bytes: int, total_bytes: int) -> None:
+        progress("filling page-locked memory, MB", done_bytes // 10**6, total_bytes // 10**6)
+
+    return report

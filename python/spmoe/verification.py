@@ -81,6 +81,8 @@ def verify(
     policy: str = "horizon",
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
+    device: str = "auto",
+    pinned_memory: int | str = "auto",
     progress: Progress | None = None,
 ) -> Verification:
     """Decode each prompt three ways and compare the tokens.
@@ -98,6 +100,8 @@ def verify(
         policy: As for `load`.
         eviction: As for `load`.
         dtype: As for `load`.
+        device: As for `load`; the plain model runs on the host.
+        pinned_memory: As for `load`.
         progress: Called after each text with a description, and done of total.
     """
     report = progress or silent
@@ -113,6 +117,8 @@ def verify(
         policy=policy,
         eviction=eviction,
         dtype=dtype,
+        device=device,
+        pinned_memory=pinned_memory,
     ) as engine:
         encoded = [engine.encode(prompt) for prompt in prompts]
         ends = engine.target.end_token_ids

@@ -16,7 +16,7 @@
 namespace spmoe {
 namespace {
 
-using How = BatchEnd::How;
+using What = BatchNotice::What;
 
 /// Rejects every second call, as a device may, and lands the rest at once.
 class RejectingStream final : public Stream {
@@ -30,9 +30,10 @@ class RejectingStream final : public Stream {
   }
   void withdraw(Fence) override {}
   void promote(Fence) override {}
-  BatchEnd next_end() override {
+  void make_consumer_wait(std::uintptr_t, Fence) override {}
+  BatchNotice next_notice() override {
     const std::scoped_lock lock{mutex_};
-    return {++ended_, How::landed, 0, {}};
+    return {++ended_, What::landed, 0, {}};
   }
 
  private:
@@ -50,16 +51,24 @@ class RejectingDevice final : public Device {
   std::unique_ptr<Stream> make_stream(StreamPriority) override {
     return std::make_unique<RejectingStream>();
   }
+  std::byte* allocate_pinned(std::size_t) override { return nullptr; }
+  void deallocate_pinned(std::byte*, std::size_t) noexcept override {}
+  Mark mark(std::uintptr_t) override { return 0; }
+  Mark read_back(std::byte*, const void*, std::size_t, std::uintptr_t, HostWait) override {
+    return 0;
+  }
+  void wait(Mark) override {}
   LinkStats link_stats() const override { return {}; }
+  void inject(const LinkFaults&) override {}
 };
 
 /// What a lane told of each fill, in order.
 struct Log {
   std::mutex mutex;
-  std::vector<CopyLane::Ended> told;
+  std::vector<CopyLane::FillNotice> told;
 
-  CopyLane::OnEnd listener() {
-    return [this](const CopyLane::Ended& ended) {
+  CopyLane::OnNotice listener() {
+    return [this](const CopyLane::FillNotice& ended) {
       const std::scoped_lock lock{mutex};
       told.push_back(ended);
     };
@@ -74,7 +83,7 @@ struct Fills {
       fills.push_back({{0, 0}, slot, FillKind::demand});
       ops.push_back({buffer.data() + slot * source.size(), {source.data(), -1, 0, source.size()}});
     }
-    for (const CopyOp& op : ops) batches.emplace_back(&op, 1);
+    for (const CopyOp& op : ops) batches.push_back({{&op, 1}});
   }
   void submit(CopyLane& lane) const { lane.submit(fills, batches); }
 
@@ -97,8 +106,8 @@ TEST(CopyLane, tells_the_end_of_every_fill_before_it_goes) {
   std::ranges::sort(log.told, {}, [](const auto& ended) { return ended.fill.slot; });
   for (SlotIndex slot = 0; slot < 20; ++slot) {
     EXPECT_EQ(log.told[slot].fill.slot, slot);
-    EXPECT_EQ(log.told[slot].end.how, How::landed);
-    EXPECT_EQ(log.told[slot].end.bytes_moved, 1000u);
+    EXPECT_EQ(log.told[slot].batch.what, What::landed);
+    EXPECT_EQ(log.told[slot].batch.bytes_moved, 1000u);
     EXPECT_LE(log.told[slot].start_s, log.told[slot].end_s);
   }
 }
@@ -113,9 +122,9 @@ TEST(CopyLane, tells_a_failed_copy_with_its_reason_and_goes_on) {
     Fills{0, 3, buffer, source}.submit(lane);
   }
   ASSERT_EQ(log.told.size(), 3u);
-  EXPECT_EQ(log.told[0].end.error, "");
-  EXPECT_EQ(log.told[1].end.error, "read error injected by a test");
-  EXPECT_EQ(log.told[2].end.error, "");
+  EXPECT_EQ(log.told[0].batch.error, "");
+  EXPECT_EQ(log.told[1].batch.error, "read error injected by a test");
+  EXPECT_EQ(log.told[2].batch.error, "");
 }
 
 TEST(CopyLane, tells_what_the_device_rejects_like_any_failed_copy) {
@@ -129,11 +138,11 @@ TEST(CopyLane, tells_what_the_device_rejects_like_any_failed_copy) {
   }
   ASSERT_EQ(log.told.size(), 8u);
   EXPECT_EQ(std::ranges::count(log.told, "batch rejected",
-                               [](const auto& ended) { return ended.end.error; }),
+                               [](const auto& ended) { return ended.batch.error; }),
             4);
-  EXPECT_EQ(
-      std::ranges::count(log.told, How::failed, [](const auto& ended) { return ended.end.how; }),
-      4);
+  EXPECT_EQ(std::ranges::count(log.told, What::failed,
+                               [](const auto& ended) { return ended.batch.what; }),
+            4);
 }
 
 TEST(CopyLane, withdraws_and_promotes_the_fill_of_a_slot_and_no_other) {
@@ -161,11 +170,11 @@ TEST(CopyLane, withdraws_and_promotes_the_fill_of_a_slot_and_no_other) {
   }
   ASSERT_EQ(log.told.size(), 4u);
   std::ranges::sort(log.told, {}, [](const auto& ended) { return ended.fill.slot; });
-  EXPECT_EQ(log.told[0].end.how, How::withdrawn);
-  EXPECT_EQ(log.told[1].end.how, How::landed);
-  EXPECT_EQ(log.told[2].end.how, How::landed);
-  EXPECT_EQ(log.told[3].end.how, How::withdrawn);
-  EXPECT_EQ(log.told[3].end.bytes_moved, 0u);
+  EXPECT_EQ(log.told[0].batch.what, What::withdrawn);
+  EXPECT_EQ(log.told[1].batch.what, What::landed);
+  EXPECT_EQ(log.told[2].batch.what, What::landed);
+  EXPECT_EQ(log.told[3].batch.what, What::withdrawn);
+  EXPECT_EQ(log.told[3].batch.bytes_moved, 0u);
 }
 
 }  // namespace

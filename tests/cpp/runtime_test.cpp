@@ -19,140 +19,11 @@
 #include "base/convert.hpp"
 #include "base/error.hpp"
 #include "fake_store.hpp"
+#include "layer_calls.hpp"
 #include "message_of.hpp"
 
 namespace spmoe {
 namespace {
-
-constexpr BlobFormat format{.hidden = 24, .inter = 16, .dtype = DType::bf16};  // 2304 bytes
-constexpr std::uint16_t layer_count = 3;
-constexpr std::uint16_t expert_count = 8;
-constexpr std::uint32_t top_k = 2;
-constexpr std::uint64_t slot_bytes = 2304;
-constexpr SlotIndex all_slots = layer_count * expert_count;
-static_assert(format.bytes() == slot_bytes);
-
-const std::shared_ptr<const FakeStore>& store() {
-  static const auto shared = std::make_shared<const FakeStore>(format, layer_count, expert_count);
-  return shared;
-}
-
-/// Small pieces, so that each blob is several copies on the link.
-RuntimeOptions options(SlotIndex slot_count) {
-  RuntimeOptions result;
-  result.expert_memory_bytes = slot_count * slot_bytes;
-  result.experts_per_token = top_k;
-  result.compute_threads = 1;
-  result.device.copy_threads = 2;
-  result.device.piece_bytes = 500;
-  return result;
-}
-
-/// One call of a layer.
-struct LayerCall {
-  std::uint16_t layer;
-  std::uint32_t tokens;
-  std::uint32_t k;
-  std::vector<float> x;
-  std::vector<std::int64_t> index;
-  std::vector<float> weights;
-};
-
-LayerCall random_call(std::mt19937& random, std::uint16_t layer, std::uint32_t tokens,
-                      std::uint32_t k = top_k) {
-  LayerCall call{layer, tokens, k, {}, {}, {}};
-  std::normal_distribution<float> normal;
-  std::uniform_real_distribution<float> weight{0.1F, 1.0F};
-  call.x.resize(std::size_t{tokens} * format.hidden);
-  std::ranges::generate(call.x, [&] { return normal(random); });
-  std::vector<std::int64_t> experts(expert_count);
-  std::iota(experts.begin(), experts.end(), 0);
-  for (std::uint32_t token = 0; token < tokens; ++token) {
-    std::ranges::shuffle(experts, random);
-    call.index.insert(call.index.end(), experts.begin(), experts.begin() + k);
-    for (std::uint32_t i = 0; i < k; ++i) call.weights.push_back(weight(random));
-  }
-  return call;
-}
-
-/// A pass over all layers by so many rows that every expert of every layer is needed.
-std::vector<LayerCall> prefill(std::mt19937& random) {
-  std::vector<LayerCall> calls;
-  for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
-    calls.push_back(random_call(random, layer, 40));
-    for (std::size_t i = 0; i < expert_count; ++i) {
-      calls.back().index[2 * i] = static_cast<std::int64_t>(i);
-    }
-  }
-  return calls;
-}
-
-/// A prompt and some verifications of 1 to 5 positions.
-std::vector<LayerCall> conversation(std::uint32_t seed) {
-  std::mt19937 random{seed};
-  std::vector<LayerCall> calls = prefill(random);
-  for (int iteration = 0; iteration < 8; ++iteration) {
-    const auto tokens = static_cast<std::uint32_t>(1 + random() % 5);
-    for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
-      calls.push_back(random_call(random, layer, tokens));
-    }
-  }
-  return calls;
-}
-
-std::vector<float> forward(Runtime& runtime, const LayerCall& call) {
-  std::vector<float> out(call.x.size(), std::nanf(""));
-  LayerArgs args;
-  args.tokens = call.tokens;
-  args.k = call.k;
-  args.x = call.x.data();
-  args.top_k_index = call.index.data();
-  args.top_k_weights = call.weights.data();
-  args.out = out.data();
-  runtime.forward(call.layer, args);
-  return out;
-}
-
-std::vector<std::vector<float>> run(Runtime& runtime, const std::vector<LayerCall>& calls) {
-  std::vector<std::vector<float>> outs;
-  for (const LayerCall& call : calls) {
-    outs.push_back(forward(runtime, call));
-    if (call.layer + 1 == layer_count) runtime.end_iteration(1);
-  }
-  return outs;
-}
-
-/// What `conversation(seed)` gives with everything resident, one thread at each place.
-const std::vector<std::vector<float>>& plain_outputs(std::uint32_t seed) {
-  static std::vector<std::pair<std::uint32_t, std::vector<std::vector<float>>>> known;
-  for (const auto& [of, outs] : known) {
-    if (of == seed) return outs;
-  }
-  RuntimeOptions plain = options(all_slots);
-  plain.device.copy_threads = 1;
-  Runtime runtime{store(), plain};
-  return known.emplace_back(seed, run(runtime, conversation(seed))).second;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-void expect_same_bits(const std::vector<std::vector<float>>& outs, std::uint32_t seed) {
-  const auto& wanted = plain_outputs(seed);
-  ASSERT_EQ(outs.size(), wanted.size());
-  for (std::size_t i = 0; i < outs.size(); ++i) {
-    ASSERT_TRUE(same_bits(outs[i], wanted[i])) << "call " << i << ", seed " << seed;
-  }
-}
-
-LayerStats total(const Runtime& runtime) {
-  LayerStats sum;
-  for (const LayerStats& layer : runtime.stats().layers) sum += layer;
-  return sum;
-}
-
-std::uint64_t moved(const LayerStats& stats) { return stats.demand_bytes + stats.prefetch_bytes; }
 
 /// The definition, in double precision.
 std::vector<double> reference(const FakeStore& of, const LayerCall& call) {
@@ -251,7 +122,7 @@ TEST(Runtime, gives_the_same_bits_at_every_budget_and_thread_count) {
       SCOPED_TRACE(::testing::Message() << slot_count << " slots, " << threads << " threads");
       RuntimeOptions some = options(slot_count);
       some.compute_threads = threads;
-      some.device.copy_threads = 4 - threads;
+      some.link.copy_threads = 4 - threads;
       Runtime runtime{store(), some};
       EXPECT_EQ(runtime.stats().slot_count, slot_count);
       expect_same_bits(run(runtime, calls), 3);
@@ -264,8 +135,8 @@ TEST(Runtime, gives_the_same_bits_when_the_link_is_slowed_at_random) {
     for (const SlotIndex slot_count : {3U, 11U}) {
       RuntimeOptions slow = options(slot_count);
       slow.compute_threads = 2;
-      slow.device.copy_threads = 3;
-      slow.device.faults = {.delay_seed = seed, .max_delay_us = 60};
+      slow.link.copy_threads = 3;
+      slow.link.faults = {.delay_seed = seed, .max_delay_us = 60};
       Runtime runtime{store(), slow};
       SCOPED_TRACE(::testing::Message() << slot_count << " slots");
       expect_same_bits(run(runtime, conversation(seed)), seed);
@@ -381,7 +252,7 @@ TEST(Runtime, accounts_for_every_byte_when_wrong_prefetches_are_withdrawn_late_a
 TEST(Runtime, a_prefetch_that_the_router_did_not_choose_gives_the_link_to_the_demand) {
   RuntimeOptions slow = options(3);
   slow.policies.prefetch = "sp-moe";
-  slow.device.link_gbps = 1e-3;
+  slow.link.link_gbps = 1e-3;
   Runtime runtime{store(), slow};
   std::mt19937 random{35};
   LayerCall call = random_call(random, 1, 1);
@@ -455,7 +326,7 @@ TEST(Runtime, prefill_reads_each_expert_of_a_layer_once_at_any_budget) {
     for (const std::uint32_t delay : {0U, 80U}) {
       SCOPED_TRACE(::testing::Message() << slot_count << " slots, delay " << delay);
       RuntimeOptions some = options(slot_count);
-      some.device.faults = {.delay_seed = slot_count, .max_delay_us = delay};
+      some.link.faults = {.delay_seed = slot_count, .max_delay_us = delay};
       Runtime runtime{store(), some};
       std::mt19937 random{17};
       run(runtime, prefill(random));
@@ -556,7 +427,7 @@ TEST(Runtime, a_failed_read_fails_the_call_that_needs_it_once_with_the_expert_na
   for (std::uint64_t copy = 1; copy <= 12; ++copy) {
     SCOPED_TRACE(::testing::Message() << "copy " << copy);
     RuntimeOptions one_thread = options(4);
-    one_thread.device.copy_threads = 1;  // the n-th copy belongs to a known expert
+    one_thread.link.copy_threads = 1;  // the n-th copy belongs to a known expert
     Runtime runtime{store(), one_thread};
     LayerCall call = random_call(random, 1, 1);
     call.index = {6, 2};
@@ -605,7 +476,7 @@ TEST(Runtime, a_file_that_was_cut_off_is_named_and_read_again_once_it_is_whole) 
 TEST(Runtime, a_failed_read_ahead_harms_nobody) {
   std::mt19937 random{23};
   RuntimeOptions one_thread = options(all_slots);
-  one_thread.device.copy_threads = 1;
+  one_thread.link.copy_threads = 1;
   Runtime runtime{store(), one_thread};
   const auto calls = prefill(random);
   forward(runtime, calls[0]);  // all 48 copies of layer 0 have been admitted: what follows is ahead
@@ -644,7 +515,7 @@ TEST(Runtime, may_go_while_copies_are_under_way) {
   const auto calls = prefill(random);
   for (int round = 0; round < 20; ++round) {
     RuntimeOptions slow = options(all_slots);
-    slow.device.faults = {.delay_seed = 25, .max_delay_us = 100};
+    slow.link.faults = {.delay_seed = 25, .max_delay_us = 100};
     Runtime runtime{store(), slow};
     forward(runtime, calls[0]);  // layer 1 is being read ahead
   }

@@ -370,7 +370,9 @@ TEST(Scheduler, the_oracle_moves_no_byte_in_vain) {
 
 TEST(Scheduler, a_trace_of_another_model_is_refused) {
   Scheduler scheduler = make(3, 6, 2);
-  EXPECT_EQ(message_of<InvalidArgument>([&] { scheduler.replay(RoutingTrace{3, 5}); }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] {
+              scheduler.replay(RoutingTrace{3, 5});
+            }),
             "a trace of 3 layers of 5 experts given, but there are 3 layers of 6");
 }
 

@@ -124,18 +124,31 @@ void make_resident(SlotTable& table) {
 
 INSTANTIATE_TEST_SUITE_P(
     all, SlotStage,
-    ::testing::Values(
-        Stage{.name = "empty", .reach = [](SlotTable&) {}, .begin_fill = true},
-        Stage{.name = "filling", .reach = fill, .finish_fill = true, .abort_fill = true},
-        Stage{.name = "resident", .reach = make_resident, .evict = true, .lease = true},
-        Stage{.name = "leased",
-              .reach =
-                  [](SlotTable& table) {
-                    make_resident(table);
-                    table.lease(0);
-                  },
-              .lease = true,
-              .release = true}),
+    ::testing::Values(Stage{.name = "empty", .reach = [](SlotTable&) {}, .begin_fill = true},
+                      Stage{.name = "filling",
+                            .reach = fill,
+                            .finish_fill = true,
+                            .abort_fill = true,
+                            .lease = true},
+                      Stage{
+                          .name = "resident", .reach = make_resident, .evict = true, .lease = true},
+                      Stage{.name = "leased_while_filling",
+                            .reach =
+                                [](SlotTable& table) {
+                                  fill(table);
+                                  table.lease(0);
+                                },
+                            .finish_fill = true,
+                            .lease = true,
+                            .release = true},
+                      Stage{.name = "leased",
+                            .reach =
+                                [](SlotTable& table) {
+                                  make_resident(table);
+                                  table.lease(0);
+                                },
+                            .lease = true,
+                            .release = true}),
     [](const auto& test) { return test.param.name; });
 
 TEST(SlotTable, an_expert_never_has_two_slots) {

@@ -226,8 +226,22 @@ class TestLoad:
             spmoe.load(target_path, expert_memory=1)
 
     def test_a_device_that_is_not_there_is_refused(self, target_path: Path) -> None:
-        with pytest.raises(spmoe.InvalidArgument, match='device "tpu" asked'):
+        with pytest.raises(spmoe.InvalidArgument, match='device "tpu" is not one of auto, host'):
             spmoe.load(target_path, device="tpu")
+
+    def test_pinned_experts_change_no_token(self, target_path: Path) -> None:
+        told: list[tuple[str, int, int]] = []
+        with spmoe.load(target_path) as plain:
+            text = plain.generate("Once", max_new_tokens=8).token_ids
+        with spmoe.load(
+            target_path, pinned_memory="50%", progress=lambda *step: told.append(step)
+        ) as engine:
+            assert engine.generate("Once", max_new_tokens=8).token_ids == text
+            stats = engine.runtime.stats()
+            total = engine.runtime.store.total_bytes
+        assert 0 < stats["pinned_bytes"] <= total / 2
+        assert stats["pinned_fill_s"] > 0
+        assert any(description.startswith("filling page-locked") for description, *_ in told)
 
     def test_a_dtype_that_does_not_exist_is_refused(self, target_path: Path) -> None:
         with pytest.raises(spmoe.InvalidArgument, match='dtype "int8" is not'):

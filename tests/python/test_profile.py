@@ -30,7 +30,7 @@ def made(target_path: Path) -> Profile:
 
 
 def fingerprint(target: Path, draft: Path | None, **changed: object) -> Fingerprint:
-    settings = {"dtype": torch.float32, "device": "auto", "link_gbps": 0.0} | changed
+    settings = {"dtype": torch.float32, "device": "host", "link_gbps": 0.0} | changed
     return Fingerprint.of(target, draft, **settings)
 
 

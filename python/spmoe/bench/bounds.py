@@ -25,9 +25,11 @@ def run_resident(models: Models, length: int | str, tokens: list[int], count: in
 def touch_all(runtime: Runtime) -> None:
     """Need every expert once, layer by layer."""
     count = runtime.store.expert_count
-    x = torch.zeros(count, runtime.store.hidden)
+    x = torch.zeros(count, runtime.store.hidden, device=runtime.device)
+    weights = torch.ones(count, 1, device=runtime.device)
     for layer in range(runtime.store.layer_count):
-        runtime.forward(layer, x, torch.arange(count)[:, None], torch.ones(count, 1))
+        runtime.forward(layer, x, torch.arange(count)[:, None], weights)
+    runtime.end_iteration()  # all of them are there
 
 
 def link_peak_gbps(models: Models, link_gbps: float) -> float:

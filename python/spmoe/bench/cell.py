@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spmoe.costs import Costs
+from spmoe.devices import native_name, resolve_device
 from spmoe.engine import Engine
 from spmoe.layer_map import LayerMap
 from spmoe.measure import estimate
@@ -59,6 +60,7 @@ class Models:
     draft: Any
     costs: Costs
     layer_map: LayerMap | None
+    device: str
 
 
 def load_models(
@@ -67,16 +69,19 @@ def load_models(
     *,
     dtype: torch.dtype,
     link_gbps: float,
+    device: str = "auto",
 ) -> Models:
     """Load a pair. Its costs are those that `spmoe profile` kept, or else are estimated."""
-    loaded = load_target(target, dtype=dtype)
-    drafter = load_draft(draft) if draft is not None else None
-    fingerprint = Fingerprint.of(target, draft, dtype=dtype, device="auto", link_gbps=link_gbps)
+    place = resolve_device(device)
+    device = native_name(place)
+    loaded = load_target(target, dtype=dtype, device=place)
+    drafter = load_draft(draft, device=place) if draft is not None else None
+    fingerprint = Fingerprint.of(target, draft, dtype=dtype, device=device, link_gbps=link_gbps)
     costs = known_costs(fingerprint) or estimate(
-        loaded, drafter, expert_memory="50%", link_gbps=link_gbps
+        loaded, drafter, expert_memory="50%", link_gbps=link_gbps, device=device
     )
     layer_map = known_layer_map(fingerprint)
-    return Models(loaded, load_tokenizer(target), drafter, costs, layer_map)
+    return Models(loaded, load_tokenizer(target), drafter, costs, layer_map, device)
 
 
 def open_engine(models: Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine:
@@ -84,6 +89,7 @@ def open_engine(models: Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine
     target = models.target
     runtime = target.open_runtime(
         expert_memory=cell.expert_memory,
+        device=models.device,
         link_gbps=link_gbps,
         policy=cell.policy,
         eviction=cell.eviction,
@@ -131,7 +137,7 @@ def degrade(runtime: Runtime, share: float) -> None:
     predict = runtime.predict
 
     def degraded(layer: int, scores: torch.Tensor, **options: Any) -> None:
-        values = scores.clone()
+        values = scores.detach().to("cpu", copy=True)
         for expert in range(len(values)):
             if values[expert] > 1 and generator.random() < share:
                 other = generator.randrange(len(values))

@@ -23,6 +23,7 @@ from spmoe.bench.bounds import (
     run_resident,
 )
 from spmoe.bench.cell import Cell, Tally, degrade, load_models, open_engine, run_prompt, to_row
+from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
 from spmoe.metrics import cpu_model
 from spmoe.models.cached import CachedCausalLM
@@ -44,6 +45,7 @@ def bench(
     max_new_tokens: int = 128,
     repeats: int = 3,
     link_gbps: float = 0.0,
+    device: str = "auto",
     degrade_prediction: float = 0.0,
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
@@ -61,6 +63,7 @@ def bench(
         max_new_tokens: Of each prompt.
         repeats: Runs of each cell.
         link_gbps: Paces the link; 0 means as fast as it goes.
+        device: As for `spmoe.load`.
         degrade_prediction: Share of predicted experts that are replaced by random ones.
         dtype: As for `load`.
         progress: Called after each run with a description, and done of total.
@@ -84,7 +87,7 @@ def bench(
         if (cell.policy, cell.draft_length) != ("oracle", "auto")
     ]
     chosen = resolve_dtype(dtype)
-    models = load_models(target, draft, dtype=chosen, link_gbps=link_gbps)
+    models = load_models(target, draft, dtype=chosen, link_gbps=link_gbps, device=device)
     runs = len(prompts) * (1 + repeats * (len(draft_lengths) + len(cells)))
     done = itertools.count(1)
 
@@ -124,6 +127,7 @@ def bench(
         "machine": {
             "cpu": cpu_model(),
             "cores": torch.get_num_threads(),
+            "device": device_model(models.device),
             "system": platform.platform(),
             "torch": torch.__version__,
         },

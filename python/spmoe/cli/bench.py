@@ -10,7 +10,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from spmoe.cli.options import find_models, link_option, option, pair_options, progress_bar
+from spmoe.cli.options import (
+    device_option,
+    find_models,
+    link_option,
+    option,
+    pair_options,
+    progress_bar,
+)
 
 
 @click.command()
@@ -22,6 +29,7 @@ from spmoe.cli.options import find_models, link_option, option, pair_options, pr
 @option("--prompts", default="own:0:4", help="own or human-eval, with a slice; or a file.")
 @option("--max-new-tokens", "-n", type=click.IntRange(min=2), default=128)
 @option("--repeats", type=click.IntRange(min=1), default=3, help="Runs of each cell.")
+@device_option
 @link_option
 @option(
     "--degrade-prediction",
@@ -57,6 +65,7 @@ def bench(**flags: Any) -> None:
             link_gbps=flags["link_gbps"],
             degrade_prediction=flags["degrade_prediction"],
             dtype=flags["dtype"],
+            device=flags["device"],
             progress=progress,
         )
     if quiet:

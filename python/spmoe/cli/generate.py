@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from spmoe.cli.options import (
+    device_option,
     engine_options,
     find_models,
     link_option,
     option,
     output_options,
     pair_options,
+    pinned_option,
     progress_bar,
 )
 
@@ -34,6 +36,8 @@ _TRACE_SPANS = 200_000  # some minutes of decoding
 @option("--raw", is_flag=True, help="The prompt is plain text: no chat template.")
 @option("--stop", multiple=True, help="End the text at this string; may be given again.")
 @option("--seed", type=int, default=0, help="Of random numbers; greedy decoding draws none.")
+@device_option
+@pinned_option
 @link_option
 @option("--trace", type=click.Path(dir_okay=False), help="Write a timeline for ui.perfetto.dev.")
 def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **flags: Any) -> None:
@@ -61,6 +65,8 @@ def generate(prompt: str | None, file: Any, no_speculation: bool, seed: int, **f
             dtype=flags["dtype"],
             policy=flags["policy"],
             eviction=flags["eviction"],
+            device=flags["device"],
+            pinned_memory=flags["pinned_memory"],
             link_gbps=flags["link_gbps"],
             trace_spans=_TRACE_SPANS if flags["trace"] else 0,
             progress=progress,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spmoe.cli.options import (
+    device_option,
     find_models,
     link_option,
     option,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @pair_options
+@device_option
 @link_option
 @output_options
 @option(
@@ -48,6 +50,7 @@ def profile(**flags: Any) -> None:
             draft,
             expert_memory=flags["expert_memory"],
             dtype=flags["dtype"],
+            device=flags["device"],
             link_gbps=flags["link_gbps"],
             repeats=flags["repeats"],
             progress=progress,

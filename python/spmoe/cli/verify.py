@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from spmoe.cli.options import (
+    device_option,
     engine_options,
     find_models,
     option,
     output_options,
     pair_options,
+    pinned_option,
     progress_bar,
 )
 
@@ -23,6 +25,8 @@ from spmoe.cli.options import (
 @pair_options
 @engine_options
 @output_options
+@device_option
+@pinned_option
 @option("--prompts", type=click.IntRange(min=1), help="How many of the prompts; all by default.")
 @option(
     "--prompts-file",
@@ -58,6 +62,8 @@ def verify(prompts: int | None, prompts_file: Path | None, **flags: Any) -> None
             policy=flags["policy"],
             eviction=flags["eviction"],
             dtype=flags["dtype"],
+            device=flags["device"],
+            pinned_memory=flags["pinned_memory"],
             progress=progress,
         )
     if flags["as_json"]:

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spmoe.errors import CheckpointError, InvalidArgument
+from spmoe.errors import CheckpointError, InvalidArgument, OutOfMemory
 from spmoe.models.checkpoint import find_checkpoint, find_directory
 from spmoe.models.experts import (
     IMPLEMENTATION,
@@ -31,6 +31,8 @@ from spmoe.models.pretrained import read_config, read_model, read_tokenizer
 from spmoe.runtime import Runtime, open_store
 
 _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
+
+HOST = torch.device("cpu")
 
 # What configurations call the number of experts of a token.
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k")
@@ -77,7 +79,12 @@ class TargetModel:
         )
 
 
-def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> TargetModel:
+def load_target(
+    path: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = HOST,
+) -> TargetModel:
     """Load a Mixture-of-Experts model; its experts stay in the checkpoint.
 
     Everything that can be wrong with the model or its experts is found before weights are read.
@@ -85,6 +92,7 @@ def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) 
     Args:
         path: Directory or hub id.
         dtype: Of everything but the experts; None means float32.
+        device: Where everything but the experts is.
 
     Raises:
         InvalidArgument: There is no such model, or it has no experts that spmoe can compute.
@@ -116,7 +124,7 @@ def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) 
     layers = find_layers(model)
     _check_unexpected(name, unexpected, layers)
     forbid_saving(model)
-    quicken(model)
+    place(model, device)
     return TargetModel(
         model=model,
         moe_layers=layers,
@@ -130,19 +138,41 @@ def load_target(path: str | PathLike[str], *, dtype: torch.dtype | None = None) 
     )
 
 
-def load_draft(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to a device, in place, and make it as fast there as can be.
+
+    Raises:
+        OutOfMemory: It does not fit.
+    """
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{type(model).__name__} does not fit in the memory of {device} ({error}); use a "
+            'smaller draft, dtype="bfloat16", or device="host"'
+        ) from error
+    quicken(model)
+
+
+def load_draft(
+    path: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = HOST,
+) -> PreTrainedModel:
     """Load a whole model that proposes tokens. Errors as for `load_target`.
 
     Args:
         path: Directory or hub id.
         dtype: None means the checkpoint's own: what the draft rounds changes no token.
+        device: Where it runs.
     """
     if dtype is None:
         config = read_config(fspath(path), find_directory(path))
         own: Any = config.get_text_config().dtype
         dtype = own if isinstance(own, torch.dtype) else torch.float32
     draft = load_plain(path, dtype=dtype)
-    quicken(draft)
+    place(draft, device)
     return draft
 
 

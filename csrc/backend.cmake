@@ -1,0 +1,16 @@
+# The CUDA backend, or the one that says that it was left out. Objects, not an archive: whoever links
+# them may instead link others of the same functions, as the tests do.
+add_library(spmoe_backend OBJECT)
+target_link_libraries(spmoe_backend PUBLIC spmoe_core PRIVATE spmoe_options)
+set(SPMOE_CUDA_DEVICE
+    ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_batch_copy.cpp
+    ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_device.cpp
+    ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_marks.cpp
+    ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_movers.cpp
+    CACHE INTERNAL "What the tests also build, over a fake CUDA runtime")
+if(SPMOE_WITH_CUDA)
+  target_sources(spmoe_backend PRIVATE compute/no_cuda_layer_compute.cpp ${SPMOE_CUDA_DEVICE})
+  target_link_libraries(spmoe_backend PUBLIC CUDA::cudart_static)
+else()
+  target_sources(spmoe_backend PRIVATE compute/no_cuda_layer_compute.cpp device/no_cuda.cpp)
+endif()

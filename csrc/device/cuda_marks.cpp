@@ -1,0 +1,59 @@
+#include "device/cuda_marks.hpp"
+
+#include <utility>
+
+namespace spmoe::cuda {
+
+void Marks::retire_passed() {
+  while (!open_.empty() && open_.front().waiters == 0) {
+    const cudaError_t status = cudaEventQuery(open_.front().event.get());
+    if (status == cudaErrorNotReady) {
+      static_cast<void>(cudaGetLastError());
+      return;
+    }
+    check(status, "work on the consumer's stream");
+    Open passed = open_.pop();
+    free(passed.how).push_back(std::move(passed.event));
+    ++first_;
+  }
+}
+
+Marks::Open* Marks::find(Mark mark) { return mark < first_ ? nullptr : &open_[mark - first_]; }
+
+Mark Marks::record(cudaStream_t consumer, HostWait how) {
+  const CurrentDevice device{device_index_};
+  const std::scoped_lock lock{mutex_};
+  retire_passed();
+  std::vector<Event>& events = free(how);
+  if (events.empty()) events.push_back(make_event(how == HostWait::sleep));
+  SPMOE_CUDA_TRY(cudaEventRecord(events.back().get(), consumer));
+  open_.push({std::move(events.back()), how, 0});
+  events.pop_back();
+  return first_ + open_.size() - 1;
+}
+
+void Marks::make_stream_wait(cudaStream_t stream, Mark mark) {
+  const std::scoped_lock lock{mutex_};
+  if (const Open* open = find(mark)) {
+    SPMOE_CUDA_TRY(cudaStreamWaitEvent(stream, open->event.get(), 0));
+  }
+}
+
+void Marks::wait(Mark mark) {
+  cudaEvent_t event = nullptr;
+  {
+    const std::scoped_lock lock{mutex_};
+    Open* open = find(mark);
+    if (open == nullptr) return;
+    ++open->waiters;
+    event = open->event.get();
+  }
+  const cudaError_t status = cudaEventSynchronize(event);
+  {
+    const std::scoped_lock lock{mutex_};
+    --find(mark)->waiters;
+  }
+  check(status, "work on the consumer's stream");
+}
+
+}  // namespace spmoe::cuda

@@ -1,0 +1,176 @@
+#include "device/cuda_movers.hpp"
+
+#include <algorithm>
+#include <array>
+#include <iterator>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/bytes.hpp"
+#include "base/error.hpp"
+#include "device/cuda_batch_copy.hpp"
+#include "device/cuda_handle.hpp"
+#include "device/read_source.hpp"
+
+namespace spmoe::cuda {
+namespace {
+
+// Prefetches are handed to the device two pieces ahead, so that it never idles and a demand has
+// little before it. Nothing goes before a demand, so as much of it as there is.
+constexpr std::size_t prefetch_window = 2;
+constexpr std::size_t demand_window = 64;
+
+// What a thread reads from a file at a time, while the device copies what it read before.
+constexpr std::uint64_t most_bounce_bytes = std::uint64_t{2} << 20;
+constexpr std::size_t bounce_buffers = 4;  // of each thread
+
+/// A page-locked buffer and the end of the last copy from it.
+struct Bounce {
+  UniqueHandle<void*, cudaFreeHost> memory;
+  Event copied;
+
+  explicit Bounce(std::size_t bytes) : copied{make_event(/*blocking=*/true)} {
+    void* raw = nullptr;
+    SPMOE_CUDA_TRY(cudaHostAlloc(&raw, bytes, cudaHostAllocPortable));
+    memory = UniqueHandle<void*, cudaFreeHost>{raw};
+  }
+  [[nodiscard]] std::byte* data() const { return static_cast<std::byte*>(memory.get()); }
+};
+
+class Mover final : public PieceMover {
+ public:
+  Mover(int device_index, std::uint64_t bounce_bytes, Marks& marks, const PinnedRanges& pinned)
+      : device_index_{device_index}, marks_{marks}, pinned_{pinned}, stream_{make_stream()} {
+    for (std::size_t i = 0; i < bounce_buffers; ++i) ring_.emplace_back(bounce_bytes);
+  }
+  Mover(const Mover&) = delete;
+  Mover& operator=(const Mover&) = delete;
+  ~Mover() override { static_cast<void>(cudaStreamSynchronize(stream_.get())); }
+
+  BegunPiece begin(std::span<const Move> moves) override {
+    bool enqueued = false;
+    try {
+      const CurrentDevice device{device_index_};
+      Bounce* bounce = nullptr;
+      batch_.clear();
+      for (const Move& move : moves) {
+        const Extent& src = move.op.src;
+        const std::byte* from = src.data == nullptr ? nullptr : src.data + src.offset;
+        if (!pinned_.contains(from, src.bytes)) {
+          bounce = &next_bounce();
+          if (std::string error = read_source(src, bounce->data()); !error.empty()) {
+            return {0, std::move(error)};
+          }
+          from = bounce->data();
+        }
+        batch_.add(move.op.dst, from, src.bytes);
+      }
+      for (const Move& move : moves) marks_.make_stream_wait(stream_.get(), move.after);
+      enqueued = true;
+      batch_.enqueue(stream_.get());
+      if (bounce != nullptr) SPMOE_CUDA_TRY(cudaEventRecord(bounce->copied.get(), stream_.get()));
+      return {reinterpret_cast<std::uintptr_t>(record_landing()), {}};
+    } catch (const DeviceError& error) {
+      // What was enqueued has nobody who waits for it.
+      if (enqueued) static_cast<void>(cudaStreamSynchronize(stream_.get()));
+      return {0, describe(error.what(), moves)};
+    }
+  }
+
+  std::string finish() override {
+    Event landing = under_way_.pop();
+    const cudaError_t status = cudaEventSynchronize(landing.get());
+    free_.push_back(std::move(landing));
+    if (status == cudaSuccess) return {};
+    static_cast<void>(cudaGetLastError());
+    return "a copy to cuda:" + std::to_string(device_index_) +
+           " failed on its way: " + cuda::describe(status);
+  }
+
+ private:
+  /// A bounce buffer that nothing copies from any more.
+  Bounce& next_bounce() {
+    Bounce& next = ring_[next_bounce_++ % ring_.size()];
+    SPMOE_CUDA_TRY(cudaEventSynchronize(next.copied.get()));
+    return next;
+  }
+
+  cudaEvent_t record_landing() {
+    if (free_.empty()) free_.push_back(make_event(/*blocking=*/true));
+    SPMOE_CUDA_TRY(cudaEventRecord(free_.back().get(), stream_.get()));
+    under_way_.push(std::move(free_.back()));
+    free_.pop_back();
+    return under_way_[under_way_.size() - 1].get();
+  }
+
+  [[nodiscard]] std::string describe(const char* error, std::span<const Move> moves) const {
+    std::uint64_t bytes = 0;
+    for (const Move& move : moves) bytes += move.op.src.bytes;
+    return std::string{error} + ", copying " + format_bytes(bytes) +
+           " to cuda:" + std::to_string(device_index_);
+  }
+
+  const int device_index_;
+  Marks& marks_;
+  const PinnedRanges& pinned_;
+  const Stream stream_;
+  std::vector<Bounce> ring_;
+  std::size_t next_bounce_ = 0;
+  BatchCopy batch_;
+  Ring<Event> under_way_;
+  std::vector<Event> free_;
+};
+
+}  // namespace
+
+void PinnedRanges::add(const std::byte* data, std::size_t bytes) {
+  const std::scoped_lock lock{mutex_};
+  bytes_.emplace(data, bytes);
+}
+
+void PinnedRanges::remove(const std::byte* data) noexcept {
+  const std::scoped_lock lock{mutex_};
+  bytes_.erase(data);
+}
+
+bool PinnedRanges::contains(const std::byte* data, std::size_t bytes) const {
+  if (data == nullptr) return false;
+  const std::scoped_lock lock{mutex_};
+  auto after = bytes_.upper_bound(data);
+  if (after == bytes_.begin()) return false;
+  const auto& [start, length] = *std::prev(after);
+  return data + bytes <= start + length;
+}
+
+Movers::Movers(int device_index, std::uint64_t piece_bytes, Marks& marks,
+               const PinnedRanges& pinned)
+    : device_index_{device_index},
+      piece_bytes_{piece_bytes},
+      bounce_bytes_{std::min(piece_bytes, most_bounce_bytes)},
+      marks_{marks},
+      pinned_{pinned} {}
+
+std::unique_ptr<PieceMover> Movers::make_mover() {
+  const CurrentDevice device{device_index_};
+  return std::make_unique<Mover>(device_index_, bounce_bytes_, marks_, pinned_);
+}
+
+std::size_t Movers::window(StreamPriority priority) const {
+  return priority == StreamPriority::demand ? demand_window : prefetch_window;
+}
+
+bool Movers::is_pinned(const Extent& src) const {
+  return src.data != nullptr && pinned_.contains(src.data + src.offset, src.bytes);
+}
+
+std::uint64_t Movers::move_bytes(const Extent& src) const {
+  return is_pinned(src) ? piece_bytes_ : bounce_bytes_;
+}
+
+void Movers::make_consumer_wait(std::uintptr_t consumer, std::uintptr_t landing) {
+  SPMOE_CUDA_TRY(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(consumer),
+                                     reinterpret_cast<cudaEvent_t>(landing), 0));
+}
+
+}  // namespace spmoe::cuda

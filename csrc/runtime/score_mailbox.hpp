@@ -1,0 +1,62 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <span>
+#include <thread>
+
+#include "base/ring.hpp"
+#include "device/buffer.hpp"
+#include "schedule/prefetch_policy.hpp"
+
+namespace spmoe {
+
+/// Brings router scores from device memory to the host while nobody waits: they are copied into
+/// pinned memory behind what made them, and a worker hands them on once that has passed.
+/// Thread-safe. Must be destroyed before the device.
+class ScoreMailbox {
+ public:
+  struct Letter {
+    std::uint16_t layer = 0;
+    PredictionSource source = PredictionSource::draft;
+    std::uint64_t iteration = 0;  ///< that they were made in
+  };
+  /// Told the scores of each letter, in order, on the worker.
+  using OnScores = std::function<void(const Letter& letter, std::span<const float> scores)>;
+
+  ScoreMailbox(Device& device, std::size_t expert_count, std::size_t capacity, OnScores on_scores);
+  ScoreMailbox(const ScoreMailbox&) = delete;
+  ScoreMailbox& operator=(const ScoreMailbox&) = delete;
+  ~ScoreMailbox();  ///< hands on what is on its way
+
+  /// Enqueues the copy of `scores` [expert_count], in device memory, on `consumer`. Does not wait.
+  /// Returns false, and drops them, if `capacity` letters are on their way: late advice is worth
+  /// less than what it would hold up.
+  /// @throws DeviceError.
+  bool send(const Letter& letter, const float* scores, std::uintptr_t consumer);
+
+ private:
+  struct Sent {
+    Letter letter;
+    Mark arrived = 0;
+    std::size_t place = 0;
+  };
+  void work();
+  [[nodiscard]] float* scores(std::size_t place) const;
+
+  Device& device_;
+  const std::size_t expert_count_;
+  const std::size_t capacity_;
+  const OnScores on_scores_;
+  PinnedBuffer memory_;  // [capacity, expert_count]
+  std::mutex mutex_;
+  std::condition_variable sent_;
+  Ring<Sent> on_the_way_;
+  std::size_t next_place_ = 0;
+  bool stopping_ = false;
+  std::thread worker_;
+};
+
+}  // namespace spmoe

@@ -1,0 +1,59 @@
+"""Which device computes: names, and whether they can be used here."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from spmoe import _core
+from spmoe.errors import DeviceError, InvalidArgument
+
+
+def cuda_status() -> tuple[int, str]:
+    """Return how many CUDA devices spmoe and torch can use here, and if none, why."""
+    count, reason = _core.cuda_status()
+    if count and not torch.cuda.is_available():
+        return 0, (
+            f"torch {torch.__version__} cannot use CUDA; install a torch that is built for it, or "
+            'use device="host"'
+        )
+    return count, reason
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a setting means.
+
+    Args:
+        name: "auto": the first CUDA device, the host without one; "host" or "cpu"; "cuda"; or
+            "cuda:<index>".
+
+    Raises:
+        InvalidArgument: It is none of these.
+        DeviceError: There is no such CUDA device that can be used; the message says why.
+    """
+    if name in ("host", "cpu"):
+        return torch.device("cpu")
+    match = re.fullmatch(r"auto|cuda(?::([0-9]+))?", name)
+    if match is None:
+        raise InvalidArgument(f'device "{name}" is not one of auto, host, cuda, cuda:<index>')
+    count, reason = cuda_status()
+    if name == "auto" and not count:
+        return torch.device("cpu")
+    index = int(match[1] or 0)
+    if index >= count:
+        raise DeviceError(
+            f'device "{name}" asked: '
+            + (reason or f"the CUDA devices here are cuda:0 to cuda:{count - 1}")
+        )
+    return torch.device("cuda", index)
+
+
+def native_name(device: torch.device) -> str:
+    """Return what the native runtime calls a device: "host" or "cuda:<index>"."""
+    return "host" if device.type == "cpu" else f"cuda:{device.index}"
+
+
+def device_model(name: str) -> str:
+    """Return what the device of a native name calls itself; "host" is just that."""
+    return name if name == "host" else str(torch.cuda.get_device_name(torch.device(name)))

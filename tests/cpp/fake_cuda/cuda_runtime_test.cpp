@@ -1,0 +1,390 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/error.hpp"
+#include "device/cuda_handle.hpp"
+#include "fake_cuda.hpp"
+#include "layer_calls.hpp"
+#include "message_of.hpp"
+
+namespace spmoe {
+namespace {
+
+using fake_cuda::Session;
+
+/// Device memory of the caller, as torch's would be.
+class DeviceArray {
+ public:
+  explicit DeviceArray(std::size_t bytes) : bytes_{bytes} {
+    void* raw = nullptr;
+    SPMOE_CUDA_TRY(cudaMalloc(&raw, std::max<std::size_t>(bytes, 1)));
+    data_ = cuda::UniqueHandle<void*, cudaFree>{raw};
+  }
+  template <class T>
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray{values.size() * sizeof(T)} {
+    if (bytes_ > 0) std::memcpy(data_.get(), values.data(), bytes_);
+  }
+
+  template <class T>
+  [[nodiscard]] T* as() const {
+    return static_cast<T*>(data_.get());
+  }
+  [[nodiscard]] std::vector<float> floats() const {
+    return {as<float>(), as<float>() + bytes_ / sizeof(float)};
+  }
+
+ private:
+  cuda::UniqueHandle<void*, cudaFree> data_;
+  std::size_t bytes_;
+};
+
+/// A caller with a stream of its own, or the default one, who reads results at the end alone.
+class Caller {
+ public:
+  explicit Caller(bool own_stream = true) {
+    if (own_stream) stream_ = cuda::make_stream();
+  }
+  ~Caller() { static_cast<void>(cudaStreamSynchronize(stream_.get())); }
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
+
+  void forward(Runtime& runtime, const LayerCall& call) {
+    Pending& it = *pending_.emplace_back(std::make_unique<Pending>(call));
+    runtime.forward(call.layer, {.tokens = call.tokens,
+                                 .k = call.k,
+                                 .x = it.x.as<float>(),
+                                 .top_k_index = it.index.as<std::int64_t>(),
+                                 .top_k_weights = it.weights.as<float>(),
+                                 .out = it.out.as<float>(),
+                                 .consumer = consumer()});
+  }
+
+  void predict(Runtime& runtime, std::uint16_t layer, const std::vector<float>& scores) {
+    const DeviceArray& held = *scores_.emplace_back(std::make_unique<DeviceArray>(scores));
+    runtime.predict(layer, held.as<float>(), PredictionSource::draft, consumer());
+  }
+
+  /// What the calls since the last time gave.
+  std::vector<std::vector<float>> results() {
+    SPMOE_CUDA_TRY(cudaStreamSynchronize(stream_.get()));
+    std::vector<std::vector<float>> outs;
+    for (const auto& it : pending_) outs.push_back(it->out.floats());
+    pending_.clear();
+    scores_.clear();
+    return outs;
+  }
+
+  [[nodiscard]] cudaStream_t stream() const { return stream_.get(); }
+  [[nodiscard]] std::uintptr_t consumer() const {
+    return reinterpret_cast<std::uintptr_t>(stream_.get());
+  }
+
+ private:
+  struct Pending {
+    explicit Pending(const LayerCall& call)
+        : x{call.x},
+          index{call.index},
+          weights{call.weights},
+          out{std::vector<float>(call.x.size(), std::nanf(""))} {}
+    DeviceArray x, index, weights, out;
+  };
+  cuda::Stream stream_;
+  std::vector<std::unique_ptr<Pending>> pending_;
+  std::vector<std::unique_ptr<DeviceArray>> scores_;
+};
+
+RuntimeOptions cuda_options(SlotIndex slot_count, std::uint64_t pinned_bytes = 0) {
+  RuntimeOptions result = options(slot_count);
+  result.device = "cuda:0";
+  result.pinned_memory_bytes = pinned_bytes;
+  return result;
+}
+
+constexpr std::uint64_t all_pinned = all_slots * slot_bytes;
+
+/// Scores that name what `calls` will need at `from` and after, and something that they will not.
+std::vector<float> scores_for(const LayerCall& call, std::mt19937& random) {
+  std::vector<float> scores(expert_count, 0.01F);
+  for (const std::int64_t expert : call.index) scores[static_cast<std::size_t>(expert)] += 1.0F;
+  scores[random() % expert_count] += 1.5F;
+  return scores;
+}
+
+/// Runs `calls` with predictions from the device, and reads the results at the end of iterations.
+std::vector<std::vector<float>> converse(Runtime& runtime, Caller& caller,
+                                         const std::vector<LayerCall>& calls) {
+  std::mt19937 random{7};
+  std::vector<std::vector<float>> outs;
+  for (std::size_t first = 0; first < calls.size(); first += layer_count) {
+    for (std::size_t i = first; i < first + layer_count; ++i) {
+      caller.predict(runtime, calls[i].layer, scores_for(calls[i], random));
+    }
+    for (std::size_t i = first; i < first + layer_count; ++i) caller.forward(runtime, calls[i]);
+    for (auto& out : caller.results()) outs.push_back(std::move(out));
+    runtime.end_iteration(1);
+  }
+  return outs;
+}
+
+/// Where the blobs rest.
+struct Tier {
+  const char* name;
+  bool file;
+  std::uint64_t pinned_bytes;
+};
+constexpr std::array tiers{Tier{"memory", false, 0}, Tier{"pinned", true, all_pinned},
+                           Tier{"half_pinned", true, all_pinned / 2}};
+
+std::shared_ptr<const FakeStore> store_in(const Tier& tier) {
+  if (!tier.file) return store();
+  auto filed = std::make_shared<FakeStore>(format, layer_count, expert_count);
+  filed->move_to_file();
+  return filed;
+}
+
+class CudaLossless : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(CudaLossless, gives_the_host_s_bits_at_every_eviction_budget_and_tier) {
+  std::uint32_t round = 0;
+  for (const std::string_view eviction : eviction_policy_names()) {
+    for (const SlotIndex slots : {SlotIndex{2}, SlotIndex{5}, SlotIndex{13}, all_slots}) {
+      const Tier& tier = tiers[++round % tiers.size()];
+      SCOPED_TRACE(std::string{eviction} + ", " + std::to_string(slots) + " slots, " + tier.name);
+      const Session session{{.delay_seed = round, .max_delay_us = 40}};
+      RuntimeOptions some = cuda_options(slots, tier.pinned_bytes);
+      some.policies = {GetParam(), std::string{eviction}};
+      Runtime runtime{store_in(tier), some};
+      Caller caller{round % 2 == 0};
+      const std::uint32_t seed = 40 + round % 3;
+      const auto calls = conversation(seed);
+      if (GetParam() == "oracle" || eviction == "belady") {
+        Runtime host{store(), options(all_slots)};
+        host.record_routing(true);
+        static_cast<void>(run(host, calls));
+        runtime.replay_routing(host.recorded_routing());
+      }
+      expect_same_bits(converse(runtime, caller, calls), seed);
+      const RuntimeStats stats = runtime.stats();
+      EXPECT_EQ(stats.device, "cuda:0");
+      EXPECT_GE(moved(total(runtime)), std::uint64_t{all_slots} * slot_bytes);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(policies, CudaLossless, ::testing::ValuesIn([] {
+                           std::vector<std::string> names;
+                           for (const auto name : prefetch_policy_names()) names.emplace_back(name);
+                           return names;
+                         }()),
+                         [](const auto& test) {
+                           std::string name = test.param;
+                           std::ranges::replace(name, '-', '_');
+                           return name;
+                         });
+
+TEST(CudaRuntime, counts_every_byte_once_all_copies_have_landed) {
+  const Session session;
+  RuntimeOptions some = cuda_options(5, all_pinned);
+  some.policies.prefetch = "horizon";
+  Runtime runtime{store(), some};
+  Caller caller;
+  static_cast<void>(converse(runtime, caller, conversation(50)));
+  RuntimeStats stats = runtime.stats();
+  while (stats.queue_depth > 0 || stats.link.bytes != moved(total(runtime))) {
+    std::this_thread::yield();  // prefetches that nobody waits for are still under way
+    stats = runtime.stats();
+  }
+  EXPECT_GT(total(runtime).predictions, 0u) << "the mailbox brought nothing";
+  EXPECT_EQ(stats.pinned_bytes, all_pinned);
+}
+
+TEST(CudaRuntime, never_waits_on_the_host_for_bytes) {
+  // One call a layer: for the router's choice. Marks, copies and kernels are ordered on the device.
+  const Session session{{.max_delay_us = 200}};
+  Runtime runtime{store(), cuda_options(6, all_pinned)};
+  Caller caller;
+  const auto calls = conversation(51);
+  for (const LayerCall& call : calls) caller.forward(runtime, call);
+  EXPECT_GT(session.calls("cudaStreamWaitEvent"), calls.size());
+  EXPECT_EQ(session.calls("cudaStreamSynchronize"), 0u);
+  expect_same_bits(caller.results(), 51);
+}
+
+TEST(CudaRuntime, may_be_called_on_streams_by_turns) {
+  const Session session{{.max_delay_us = 100}};
+  Runtime runtime{store(), cuda_options(6, all_pinned)};
+  std::array<Caller, 3> callers;
+  const auto calls = conversation(52);
+  std::array<std::vector<std::size_t>, 3> whose;
+  for (std::size_t i = 0; i < calls.size(); ++i) {
+    callers[i % 3].forward(runtime, calls[i]);
+    whose[i % 3].push_back(i);
+  }
+  std::vector<std::vector<float>> outs(calls.size());
+  for (std::size_t who = 0; who < 3; ++who) {
+    auto results = callers[who].results();
+    for (std::size_t i = 0; i < results.size(); ++i) outs[whose[who][i]] = std::move(results[i]);
+  }
+  expect_same_bits(outs, 52);
+}
+
+TEST(CudaRuntime, a_paced_link_tells_nobody_before_the_bytes_would_be_there) {
+  const Session session;
+  RuntimeOptions slow = cuda_options(6, all_pinned);
+  slow.link.link_gbps = 0.5;
+  Runtime runtime{store(), slow};
+  Caller caller;
+  expect_same_bits(converse(runtime, caller, conversation(53)), 53);
+  EXPECT_GT(total(runtime).stall_s, 0.0);
+}
+
+TEST(CudaRuntime, pins_what_the_system_lets_it_pin_and_fetches_the_rest_from_the_file) {
+  const auto filed = std::make_shared<FakeStore>(format, layer_count, expert_count);
+  filed->move_to_file();
+  const Session session{{.pinned_bytes = 30 << 10}};  // some of it is for bounce buffers
+  std::uint64_t told = 0;
+  RuntimeOptions some = cuda_options(6, all_pinned);
+  some.pinned_progress = [&](std::uint64_t done, std::uint64_t whole) {
+    EXPECT_LE(told, done);
+    EXPECT_LE(done, whole);
+    told = done;
+  };
+  Runtime runtime{filed, some};
+  const std::uint64_t pinned = runtime.stats().pinned_bytes;
+  EXPECT_GT(pinned, 0u);
+  EXPECT_LT(pinned, all_pinned);
+  EXPECT_EQ(pinned % slot_bytes, 0u);
+  EXPECT_EQ(told, pinned);
+  Caller caller;
+  expect_same_bits(converse(runtime, caller, conversation(54)), 54);
+}
+
+TEST(CudaRuntime, a_blob_that_cannot_be_pinned_is_named_and_nothing_is_left_behind) {
+  const auto filed = std::make_shared<FakeStore>(format, layer_count, expert_count);
+  filed->move_to_file();
+  filed->cut_file_after({1, 3});
+  const Session session;
+  EXPECT_NE(message_of<DeviceError>([&] {
+              Runtime{filed, cuda_options(6, all_pinned)};
+            }).find("(fake.safetensors): the file ends at byte"),
+            std::string::npos);
+}
+
+TEST(CudaRuntime, too_little_device_memory_is_refused_with_what_is_asked_and_free) {
+  const Session session{{.memory_bytes = 20'000}};
+  EXPECT_EQ(message_of<OutOfMemory>([] { Runtime{store(), cuda_options(all_slots)}; }),
+            "no memory for 54.0 KiB on cuda:0: 19.5 KiB free of 19.5 KiB; lower expert_memory");
+}
+
+// Faults in the middle of decoding fail the request that meets them, and no other.
+
+/// Runs a conversation in which something fails. Then the next, which must be right.
+std::string error_of_one_request(const Session& session, Runtime& runtime) {
+  Caller caller;
+  runtime.begin_request();
+  const std::string message = message_of<DeviceError>(
+      [&] { static_cast<void>(converse(runtime, caller, conversation(60))); });
+  static_cast<void>(caller.results());
+  runtime.begin_request();
+  expect_same_bits(converse(runtime, caller, conversation(61)), 61);
+  EXPECT_GT(session.calls("cudaLaunchKernel"), 0u);
+  return message;
+}
+
+TEST(CudaRuntime, a_copy_that_is_refused_fails_one_request) {
+  Session session;
+  Runtime runtime{store(), cuda_options(6, all_pinned)};
+  session.fail("cudaMemcpyAsync", 30, cudaErrorUnknown);
+  const std::string message = error_of_one_request(session, runtime);
+  EXPECT_NE(message.find("could not fill expert"), std::string::npos) << message;
+  EXPECT_NE(message.find("cudaErrorUnknown"), std::string::npos) << message;
+  EXPECT_NE(message.find("bytes to cuda:0; the request fails, the next one reads it again"),
+            std::string::npos)
+      << message;
+}
+
+TEST(CudaRuntime, a_copy_that_fails_on_its_way_fails_one_request_though_compute_had_begun) {
+  for (const std::uint64_t nth : {150U, 180U, 210U}) {
+    Session session;
+    Runtime runtime{store(), cuda_options(6, all_pinned)};
+    session.fail_copy_on_its_way(nth);
+    const std::string message = error_of_one_request(session, runtime);
+    EXPECT_NE(message.find("failed on its way: cudaErrorUnknown"), std::string::npos) << message;
+  }
+}
+
+TEST(CudaRuntime, a_launch_that_fails_fails_one_request) {
+  Session session;
+  Runtime runtime{store(), cuda_options(6, all_pinned)};
+  session.fail("cudaLaunchKernel", 25, cudaErrorLaunchFailure);
+  EXPECT_EQ(error_of_one_request(session, runtime),
+            "launch of an expert kernel: cudaErrorLaunchFailure (cudaErrorLaunchFailure)");
+}
+
+// What the fake is for: each wait of the backend, left out, is noticed.
+
+struct Mutation {
+  const char* name;
+  Session::Wait forgotten;
+  bool of_caller;  ///< on the caller's stream, or on those that copy
+  const char* complaint;
+};
+
+class CudaMutation : public ::testing::TestWithParam<Mutation> {};
+
+TEST_P(CudaMutation, a_missing_wait_is_noticed) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "the race is real, and the thread sanitizer ends the test for it";
+#endif
+  Session session{{.max_delay_us = 300}};
+  std::vector<std::string> violations;
+  {
+    Runtime runtime{store(), cuda_options(4, all_pinned)};
+    Caller caller;
+    session.forget(GetParam().forgotten, [&](cudaStream_t stream) {
+      return (stream == caller.stream()) == GetParam().of_caller;
+    });
+    const auto calls = conversation(70);
+    try {
+      for (const LayerCall& call : calls) caller.forward(runtime, call);
+    } catch (const Error&) {
+      violations.emplace_back("other bits");  // taken for a choice, one that cannot be
+    }
+    for (auto& violation : session.take_violations()) violations.push_back(std::move(violation));
+    const auto outs = caller.results();
+    const auto& wanted = plain_outputs(70);
+    for (std::size_t i = 0; i < outs.size(); ++i) {
+      if (!same_bits(outs[i], wanted[i])) violations.emplace_back("other bits");
+    }
+  }
+  static_cast<void>(session.take_violations());
+  EXPECT_TRUE(std::ranges::count(violations, GetParam().complaint)) << [&] {
+    std::string all = "no such complaint among";
+    for (const std::string& violation : violations) all += "\n" + violation;
+    return all;
+  }();
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    all, CudaMutation,
+    ::testing::Values(Mutation{"compute_before_its_fill", Session::Wait::of_stream, true,
+                               "read while its fill may be under way"},
+                      Mutation{"refill_before_the_last_use", Session::Wait::of_stream, false,
+                               "written while it may be read"},
+                      Mutation{"choice_read_before_it_arrived", Session::Wait::of_host, true,
+                               "other bits"},
+                      Mutation{"landing_told_before_it_landed", Session::Wait::of_host, false,
+                               "read while its fill may be under way"}),
+    [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace spmoe

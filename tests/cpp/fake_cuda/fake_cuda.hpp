@@ -1,0 +1,61 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+/// A CUDA runtime without a GPU. Device memory is memory, a stream is a thread that does late what
+/// it is given, and every write and read of device memory is held against the order that streams,
+/// events and waits of the host give it: what is only luckily in order is a violation.
+namespace spmoe::fake_cuda {
+
+struct Settings {
+  int device_count = 1;
+  std::size_t memory_bytes = std::size_t{1} << 30;  ///< of the device
+  std::size_t pinned_bytes = std::size_t{1} << 30;  ///< that can be page-locked
+  cudaError_t device_count_status = cudaSuccess;    ///< what `cudaGetDeviceCount` says
+  std::uint32_t delay_seed = 1;                     ///< of the time that work takes
+  std::uint32_t max_delay_us = 30;
+};
+
+/// The runtime from its start to its end. One at a time. Ends by checking, as a test failure, that
+/// nothing was left behind and nothing was out of order.
+class Session {
+ public:
+  explicit Session(const Settings& settings = {});
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+  ~Session();
+
+  /// The n-th call of `function` from now on, from 1, returns `error` and does nothing.
+  void fail(std::string_view function, std::uint64_t nth, cudaError_t error);
+
+  /// Whose waits are left out, as if the backend had none: a planted mistake.
+  enum class Wait { of_stream, of_host };
+  /// From now on nothing waits that is of a stream which `which` picks: the stream itself for an
+  /// event, or the host for an event recorded there.
+  void forget(Wait wait, std::function<bool(cudaStream_t)> which);
+
+  /// The n-th copy to the device from now on is accepted, and fails on its way.
+  void fail_copy_on_its_way(std::uint64_t nth);
+
+  [[nodiscard]] std::uint64_t calls(std::string_view function) const;
+
+  /// What was out of order so far; the end of the session no longer complains of it.
+  [[nodiscard]] std::vector<std::string> take_violations();
+
+  /// What exists: streams, events, allocations.
+  [[nodiscard]] std::string leftovers() const;
+};
+
+/// Enqueues `kernel` on `stream`, which reads device memory at `reads`. Like a launch, it may fail:
+/// its name for `Session::fail` is "cudaLaunchKernel".
+cudaError_t launch(cudaStream_t stream, std::vector<std::span<const std::byte>> reads,
+                   std::function<void()> kernel);
+
+}  // namespace spmoe::fake_cuda

@@ -1,0 +1,107 @@
+#include "device/host_device.hpp"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "device/link_pacer.hpp"
+#include "device_contract.hpp"
+
+namespace spmoe {
+namespace {
+
+INSTANTIATE_TEST_SUITE_P(all, DeviceContract,
+                         ::testing::Values(DeviceCase{"host", [] { return nullptr; },
+                                                      make_host_device, read_host, true}),
+                         [](const auto& test) { return test.param.name; });
+
+TEST(HostDevice, goes_by_its_name) { EXPECT_EQ(make_host_device({})->name(), "host"); }
+
+TEST(HostDevice, refuses_more_memory_than_the_machine_has) {
+  std::ifstream setting{"/proc/sys/vm/overcommit_memory"};
+  if (std::string policy; setting >> policy && policy == "1") {
+    GTEST_SKIP() << "this system promises any amount of memory";
+  }
+  const auto memory = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)) *
+                      static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const auto device = make_host_device({});
+  EXPECT_THROW(static_cast<void>(device->allocate(16 * memory)), OutOfMemory);
+}
+
+TEST(HostDevice, refuses_options_that_make_no_link) {
+  const auto message = [](const DeviceOptions& options) {
+    return message_of<InvalidArgument>([&] { static_cast<void>(make_host_device(options)); });
+  };
+  const std::string wanted = "copy_threads must be at least 1 and link_gbps at least 0, got ";
+  EXPECT_EQ(message({.copy_threads = 0}), wanted + "0 and 0.000000");
+  EXPECT_EQ(message({.link_gbps = -1}), wanted + "2 and -1.000000");
+  EXPECT_EQ(message({.link_gbps = std::nan("")}), wanted + "2 and nan");
+}
+
+TEST(HostDevice, faults_can_be_planted_later_and_count_from_then) {
+  const auto device = make_host_device({.copy_threads = 1, .faults = {.fail_at_copy = 3}});
+  const Bytes source = random_bytes(100, 15);
+  const Buffer buffer{*device, 100};
+  const auto stream = device->make_stream(StreamPriority::demand);
+  const auto lands = [&] {
+    return copy(*stream, {{buffer.data(), in_memory(source)}}).what == What::landed;
+  };
+  EXPECT_TRUE(lands());
+  EXPECT_TRUE(lands());
+  device->inject({.fail_at_copy = 2});
+  EXPECT_TRUE(lands());
+  EXPECT_FALSE(lands());
+  EXPECT_TRUE(lands());
+  device->inject({.fail_at_copy = 1});
+  EXPECT_FALSE(lands());
+  device->inject({});
+  EXPECT_TRUE(lands());
+}
+
+TEST(LinkPacer, lays_the_pieces_behind_each_other_on_the_link) {
+  LinkPacer pacer{1.0, {}};
+  const auto first = pacer.admit(1'000'000'000);
+  const auto second = pacer.admit(500'000'000);
+  const auto third = pacer.admit(2'000'000'000);
+  EXPECT_EQ(second.until - first.until, std::chrono::milliseconds{500});
+  EXPECT_EQ(third.until - second.until, std::chrono::seconds{2});
+}
+
+TEST(LinkPacer, holds_nobody_when_the_link_is_not_paced) {
+  LinkPacer pacer{0, {}};
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(pacer.admit(std::uint64_t{1} << 40).until, LinkPacer::Clock::time_point{});
+  }
+}
+
+TEST(LinkPacer, fails_the_nth_piece_once) {
+  LinkPacer pacer{0, {.fail_at_copy = 2}};
+  EXPECT_FALSE(pacer.admit(1).fail);
+  EXPECT_TRUE(pacer.admit(1).fail);
+  EXPECT_FALSE(pacer.admit(1).fail);
+  pacer.inject({.fail_at_copy = 1});
+  EXPECT_TRUE(pacer.admit(1).fail);
+  EXPECT_FALSE(pacer.admit(1).fail);
+}
+
+TEST(LinkPacer, delays_are_the_same_for_the_same_seed) {
+  // Each piece takes a minute of link, so that only the seed tells the pacers apart.
+  constexpr std::uint64_t minute = 60'000'000'000;
+  const auto gaps = [](std::uint32_t seed) {
+    LinkPacer pacer{1.0, {.delay_seed = seed, .max_delay_us = 1000}};
+    const auto first = pacer.admit(minute).until;
+    std::vector<LinkPacer::Clock::duration> result;
+    for (int i = 0; i < 20; ++i) result.push_back(pacer.admit(minute).until - first);
+    return result;
+  };
+  EXPECT_EQ(gaps(1), gaps(1));
+  EXPECT_NE(gaps(1), gaps(2));
+}
+
+}  // namespace
+}  // namespace spmoe

@@ -1,0 +1,77 @@
+"""Which device computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import spmoe
+from spmoe import devices
+from spmoe.config import parse_pinned_memory
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_status", lambda: (2, ""))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_status", lambda: (0, "the driver is gone"))
+
+
+@pytest.mark.parametrize("name", ["host", "cpu"])
+def test_the_host_needs_no_cuda(no_gpu: None, name: str) -> None:
+    assert devices.resolve_device(name) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_cuda_has_an_index(two_gpus: None, name: str, index: int) -> None:
+    device = devices.resolve_device(name)
+    assert device == torch.device("cuda", index)
+    assert devices.native_name(device) == f"cuda:{index}"
+
+
+def test_auto_is_the_host_without_cuda(no_gpu: None) -> None:
+    device = devices.resolve_device("auto")
+    assert device == torch.device("cpu")
+    assert devices.native_name(device) == "host"
+
+
+def test_cuda_that_cannot_be_used_is_refused_with_the_reason(no_gpu: None) -> None:
+    with pytest.raises(spmoe.DeviceError, match='device "cuda" asked: the driver is gone'):
+        devices.resolve_device("cuda")
+
+
+def test_an_index_past_the_last_is_refused(two_gpus: None) -> None:
+    with pytest.raises(spmoe.DeviceError, match="the CUDA devices here are cuda:0 to cuda:1"):
+        devices.resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "cuda:", "cuda:-1", "cuda:x", "autocuda"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(spmoe.InvalidArgument, match="is not one of auto, host, cuda"):
+        devices.resolve_device(name)
+
+
+def test_a_torch_without_cuda_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices._core, "cuda_status", lambda: (1, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    count, reason = devices.cuda_status()
+    assert count == 0
+    assert f"torch {torch.__version__} cannot use CUDA" in reason
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(0, 0), ("0", 0), ("50%", 500), ("100", 100), ("1KiB", 1024)]
+)
+def test_pinned_memory_is_nothing_or_an_amount(text: int | str, expected: int) -> None:
+    assert parse_pinned_memory(text, 1000) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "-1", ""])
+def test_pinned_memory_that_is_no_amount_is_refused(text: str) -> None:
+    with pytest.raises(spmoe.InvalidArgument, match='give "auto", 0, a share'):
+        parse_pinned_memory(text, 1000)
