@@ -70,8 +70,17 @@ def write_weights(
 ) -> None:
     """Write bfloat16 tensors into safetensors files and an index.
 
+<<<<<<< HEAD
     Files are of about ``shard_bytes``, or else `SHARD_BYTES`. At most one file's tensors are in
     memory at a time.
+=======
+    At most one file's tensors are in memory at a time.
+
+    Args:
+        directory: Exists.
+        tensors: By their names, in the order of writing.
+        shard_bytes: Of a file, about; None means `SHARD_BYTES`.
+>>>>>>> issue5-doctor
     """
     shards: list[Path] = []
     places: dict[str, int] = {}
@@ -85,7 +94,11 @@ def write_weights(
         pending.clear()
 
     for name, tensor in tensors:
+<<<<<<< HEAD
         if pending and pending_bytes + tensor.nbytes > (shard_bytes or SHARD_BYTES):
+=======
+        if pending and pending_bytes + tensor.nbytes > most_bytes:
+>>>>>>> issue5-doctor
             write()
             pending_bytes = 0
         pending[name] = tensor
