@@ -39,7 +39,7 @@ help:
 	touch $@
 
 demo: .venv/.spmoe
-	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." -n 96
+	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96
 
 test: test-cpp test-asan test-tsan test-python
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spmoe.cli.options import (
     device_option,
+    draft_length_option,
     engine_options,
     find_models,
     link_option,
@@ -27,6 +28,7 @@ _TRACE_SPANS = 200_000  # some minutes of decoding
 
 @click.command()
 @pair_options
+@draft_length_option("auto")
 @engine_options
 @output_options
 @option("--prompt", "-p", help="The user's message.")
