@@ -86,6 +86,7 @@ bench: .venv/.tools
 	cmake --preset bench --log-level=WARNING
 	cmake --build --preset bench
 	build/bench/bench/cpp/expert_ffn_bench
+	build/bench/bench/cpp/link_bench
 
 bench-gpu: need-gpu .venv/.spmoe
 	cmake --preset bench -DSPMOE_CUDA=ON --log-level=WARNING

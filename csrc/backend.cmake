@@ -9,8 +9,11 @@ set(SPMOE_CUDA_DEVICE
     ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_movers.cpp
     CACHE INTERNAL "What the tests also build, over a fake CUDA runtime")
 if(SPMOE_WITH_CUDA)
-  target_sources(spmoe_backend PRIVATE compute/no_cuda_layer_compute.cpp ${SPMOE_CUDA_DEVICE})
+  target_sources(spmoe_backend PRIVATE compute/cuda_layer_compute.cu compute/expert_ffn_cuda.cu
+                                       ${SPMOE_CUDA_DEVICE})
   target_link_libraries(spmoe_backend PUBLIC CUDA::cudart_static)
+  # Sums and products are rounded one by one, the same in every kernel of a template.
+  set_source_files_properties(compute/expert_ffn_cuda.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
 else()
   target_sources(spmoe_backend PRIVATE compute/no_cuda_layer_compute.cpp device/no_cuda.cpp)
 endif()

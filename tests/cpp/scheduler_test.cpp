@@ -34,6 +34,46 @@ TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_landed) {
   scheduler.computed(3);
 }
 
+TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_landed) {
+  Scheduler scheduler = make(2, 4, 1);
+  scheduler.need(0, Experts{1});
+  const SlotIndex slot = scheduler.next_fill().value().slot;
+  scheduler.issued(slot);
+  std::vector<ReadyExpert> ready;
+  scheduler.take_ready(ready);
+  ASSERT_EQ(ready.size(), 1u);
+  EXPECT_TRUE(ready[0].landing);
+  EXPECT_TRUE(scheduler.computed_ahead());
+  scheduler.computed(1);
+  scheduler.need(1, Experts{0});
+  EXPECT_FALSE(scheduler.next_fill()) << "its bytes are still being written";
+  scheduler.filled(slot);
+  EXPECT_FALSE(scheduler.computed_ahead());
+  EXPECT_EQ(take(scheduler), Experts{});
+  EXPECT_TRUE(scheduler.next_fill());
+}
+
+TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) {
+  for (const bool taken : {false, true}) {
+    for (const bool computed : {false, true}) {
+      if (computed && !taken) continue;
+      Scheduler scheduler = make(1, 4, 1);
+      scheduler.need(0, Experts{1});
+      const SlotIndex slot = scheduler.next_fill().value().slot;
+      scheduler.issued(slot);
+      EXPECT_EQ(taken ? take(scheduler) : Experts{1}, Experts{1});
+      if (computed) scheduler.computed(1);
+      EXPECT_TRUE(scheduler.failed(slot, 0)) << "what was computed is spoiled";
+      EXPECT_FALSE(scheduler.computed_ahead());
+      EXPECT_EQ(taken ? Experts{1} : take(scheduler), Experts{1});
+      if (!computed) scheduler.computed(1);
+      scheduler.need(0, Experts{1});
+      EXPECT_EQ(scheduler.stats()[0].misses, 2u) << "half of it is nothing";
+      EXPECT_TRUE(scheduler.next_fill());
+    }
+  }
+}
+
 TEST(Scheduler, ready_experts_come_in_the_order_in_which_they_landed) {
   Scheduler scheduler = make(1, 4, 4);
   run(scheduler, 0, {2});

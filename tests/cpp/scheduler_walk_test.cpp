@@ -23,7 +23,8 @@ class Walk {
   /// One random action. Fails the running test if an invariant is broken.
   void step() {
     if (!running_) {
-      switch (pick(12)) {
+      switch (pick(13)) {
+        case 12: return issue();
         case 0: return end_iteration();
         case 1: return land();
         case 2: return tell_changes();
@@ -37,6 +38,7 @@ class Walk {
     }
     const auto chance = pick(100);
     if (chance < 30) return start(pick(3) == 0 ? FillKind::demand : FillKind::prefetch);
+    if (chance < 45) return issue();
     if (chance < 60) return land();
     if (chance < 90) return compute();
     if (chance < 92) return end_iteration();
@@ -73,6 +75,9 @@ class Walk {
   }
 
   [[nodiscard]] std::uint64_t needs_ended() const { return needs_ended_; }
+  /// Experts that were computed behind a fill under way, and how many of those failed.
+  [[nodiscard]] std::uint64_t computed_behind() const { return computed_behind_; }
+  [[nodiscard]] std::uint64_t spoiled() const { return spoiled_; }
   /// Experts that were needed while a withdrawn fill of theirs was under way.
   [[nodiscard]] std::uint64_t needed_again() const { return needed_again_; }
 
@@ -85,6 +90,9 @@ class Walk {
     bool unused = false;   // prefetched, and not used since
     bool protect = false;  // from prefetches
     bool withdrawn = false;
+    bool issued = false;
+    bool computed_behind = false;
+    bool failed = false;  // and leased
   };
   enum class Want : std::uint8_t { waiting, landed, taken };
 
@@ -124,7 +132,10 @@ class Walk {
         demands_.insert({layer_, expert});
       } else if (slots_[*slot].filling) {
         ++late_;
-        if (slots_[*slot].kind == FillKind::prefetch) changes_[*slot] = FillChange::To::promoted;
+        if (slots_[*slot].issued) {
+          become_ready(*slot);
+        } else if (slots_[*slot].kind == FillKind::prefetch)
+          changes_[*slot] = FillChange::To::promoted;
       } else {
         ++hits_;
         become_ready(*slot);
@@ -134,7 +145,7 @@ class Walk {
       ModelSlot& slot = slots_[i];
       if (!slot.expert || slot.expert->layer != layer_) continue;
       slot.protect = false;
-      const bool prefetching = slot.filling && slot.kind == FillKind::prefetch;
+      const bool prefetching = slot.filling && slot.kind == FillKind::prefetch && !slot.issued;
       if (!prefetching || slot.withdrawn || wants_.contains(slot.expert->expert)) continue;
       slot.withdrawn = true;
       changes_[i] = FillChange::To::withdrawn;
@@ -208,6 +219,15 @@ class Walk {
     in_flight_.push_back(fill->slot);
   }
 
+  void issue() {
+    if (in_flight_.empty()) return;
+    const SlotIndex on_its_way = in_flight_[pick(in_flight_.size())];
+    ModelSlot& slot = slots_[on_its_way];
+    if (std::exchange(slot.issued, true)) return;
+    if (!slot.withdrawn && waited_for(*slot.expert)) become_ready(on_its_way);
+    scheduler_.issued(on_its_way);
+  }
+
   void land() {
     if (in_flight_.empty()) return;
     const auto place = in_flight_.begin() + static_cast<std::ptrdiff_t>(pick(in_flight_.size()));
@@ -222,15 +242,22 @@ class Walk {
     changes_.erase(landed);
     if (may_fail_ && pick(20) == 0) {
       const bool demanded = waited && slot.kind == FillKind::demand;
-      slot = {};
+      const bool spoiled = slot.leased || slot.computed_behind;
+      spoiled_ += spoiled ? 1 : 0;
+      if (slot.leased) {
+        slot.failed = true;
+        slot.issued = slot.computed_behind = false;
+      } else {
+        slot = {};
+      }
       moved += part;
       if (demanded) wants_.erase(want);
       if (waited && !demanded) demands_.insert(expert);
       broken_ |= demanded;
-      ASSERT_EQ(scheduler_.failed(landed, part), demanded);
+      ASSERT_EQ(scheduler_.failed(landed, part), demanded || spoiled);
       return;
     }
-    if (slot.withdrawn && pick(4) != 0) {
+    if (slot.withdrawn && !slot.issued && pick(4) != 0) {
       slot = {};
       moved += part;
       cancelled_bytes_ += blob_bytes - part;
@@ -238,7 +265,7 @@ class Walk {
       return;
     }
     if (slot.withdrawn) demands_.erase(expert);
-    slot.filling = slot.withdrawn = false;
+    slot.filling = slot.withdrawn = slot.issued = slot.computed_behind = false;
     moved += blob_bytes;
     if (waited) become_ready(landed);
     scheduler_.filled(landed);
@@ -251,16 +278,27 @@ class Walk {
     for (std::size_t i = 0; i < ready.size(); ++i) {
       ASSERT_EQ(ready[i].expert, expected_[i].expert);
       ASSERT_EQ(ready[i].slot, expected_[i].slot);
+      ModelSlot& slot = slots_[ready[i].slot];
+      ASSERT_EQ(ready[i].landing, slot.issued);
+      slot.computed_behind |= slot.issued;
+      computed_behind_ += slot.issued ? 1 : 0;
       wants_.at(ready[i].expert) = Want::taken;
     }
     expected_.clear();
+    ASSERT_EQ(scheduler_.computed_ahead(),
+              std::ranges::any_of(slots_, &ModelSlot::computed_behind));
+  }
+
+  void release(ModelSlot& slot) {
+    slot.leased = false;
+    if (slot.failed) slot = {};
   }
 
   void compute() {
     const auto taken =
         std::ranges::find_if(wants_, [](const auto& want) { return want.second == Want::taken; });
     if (taken != wants_.end()) {
-      slots_[find({layer_, taken->first}).value()].leased = false;
+      release(slots_[find({layer_, taken->first}).value()]);
       scheduler_.computed(taken->first);
       wants_.erase(taken);
     } else if (broken_) {
@@ -286,7 +324,7 @@ class Walk {
     wants_.clear();
     expected_.clear();
     demands_.clear();
-    for (ModelSlot& slot : slots_) slot.leased = false;
+    for (ModelSlot& slot : slots_) release(slot);
     running_ = broken_ = false;
   }
 
@@ -308,7 +346,9 @@ class Walk {
     for (SlotIndex i = 0; i < shape_.slot_count; ++i) {
       ModelSlot& slot = slots_[i];
       if (!std::exchange(slot.protect, false)) continue;
-      if (!slot.filling || slot.kind != FillKind::prefetch || slot.withdrawn) continue;
+      if (!slot.filling || slot.kind != FillKind::prefetch || slot.withdrawn || slot.issued) {
+        continue;
+      }
       if (!predicted_.contains(slot.expert->layer) || waited_for(*slot.expert)) continue;
       slot.withdrawn = true;
       changes_[i] = FillChange::To::withdrawn;
@@ -334,6 +374,7 @@ class Walk {
   std::map<ExpertId, int> fills_in_need_;
   std::vector<ReadyExpert> expected_;
   std::uint64_t hits_ = 0, late_ = 0, misses_ = 0, needs_ended_ = 0, needed_again_ = 0;
+  std::uint64_t computed_behind_ = 0, spoiled_ = 0;
   std::uint64_t cancelled_bytes_ = 0;
   std::uint64_t moved_demand_ = 0, moved_prefetch_ = 0, used_prefetch_ = 0;
 };
@@ -344,7 +385,7 @@ TEST(Scheduler, keeps_its_invariants_on_random_walks) {
                                        {4, 5, 7, blob_bytes},
                                        {2, 8, 13, blob_bytes},
                                        {3, 4, 12, blob_bytes}};
-  std::uint64_t needed_again = 0;
+  std::uint64_t needed_again = 0, computed_behind = 0, spoiled = 0;
   for (std::uint32_t seed = 1; seed <= 40; ++seed) {
     const SchedulerShape& shape = shapes[seed % std::size(shapes)];
     SCOPED_TRACE(::testing::Message() << "seed " << seed << ", " << shape.slot_count << " slots");
@@ -358,7 +399,11 @@ TEST(Scheduler, keeps_its_invariants_on_random_walks) {
     walk.check();
     EXPECT_GT(walk.needs_ended(), 10u);
     needed_again += walk.needed_again();
+    computed_behind += walk.computed_behind();
+    spoiled += walk.spoiled();
   }
+  EXPECT_GT(computed_behind, 1000u);
+  EXPECT_GT(spoiled, 100u);
   EXPECT_GT(needed_again, 20u);
 }
 

@@ -300,7 +300,7 @@ std::string Session::leftovers() const {
 }
 
 cudaError_t launch(cudaStream_t handle, std::vector<std::span<const std::byte>> reads,
-                   std::function<void()> kernel) {
+                   std::function<void()> kernel, std::vector<std::span<const std::byte>> writes) {
   const std::scoped_lock lock{state->mutex};
   if (cudaError_t planted{}; intercepted("cudaLaunchKernel", planted)) return result(planted);
   CUstream_st& stream = actual(handle);
@@ -312,6 +312,7 @@ cudaError_t launch(cudaStream_t handle, std::vector<std::span<const std::byte>> 
             work_lock.lock();
           });
   for (const auto bytes : reads) note_access(stream, bytes, false);
+  for (const auto bytes : writes) note_access(stream, bytes, true);
   return cudaSuccess;
 }
 
@@ -361,6 +362,34 @@ cudaError_t cudaMalloc(void** data, std::size_t bytes) {
 cudaError_t cudaFree(void* data) {
   SPMOE_FAKE_CALL();
   return result(release(data, state->device_memory));
+}
+
+cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t) {
+  SPMOE_FAKE_CALL();
+  return result(allocate(data, bytes, state->device_memory, state->settings.memory_bytes));
+}
+
+cudaError_t cudaFreeAsync(void* data, cudaStream_t handle) {
+  SPMOE_FAKE_CALL();
+  const auto* begin = static_cast<const std::byte*>(data);
+  if (!state->device_memory.contains(begin)) return result(cudaErrorInvalidValue);
+  CUstream_st& stream = actual(handle);
+  enqueue(stream, [data](std::unique_lock<std::mutex>&) { release(data, state->device_memory); });
+  note_access(stream, {begin, state->device_memory.at(begin)}, true);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t handle) {
+  SPMOE_FAKE_CALL();
+  CUstream_st& stream = actual(handle);
+  enqueue(stream, [=, wait = delay()](std::unique_lock<std::mutex>& work_lock) {
+    work_lock.unlock();
+    std::this_thread::sleep_for(wait);
+    std::memset(data, value, bytes);
+    work_lock.lock();
+  });
+  note_access(stream, {static_cast<const std::byte*>(data), bytes}, true);
+  return cudaSuccess;
 }
 
 cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {

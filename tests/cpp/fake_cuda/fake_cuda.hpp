@@ -53,9 +53,10 @@ class Session {
   [[nodiscard]] std::string leftovers() const;
 };
 
-/// Enqueues `kernel` on `stream`, which reads device memory at `reads`. Like a launch, it may fail:
-/// its name for `Session::fail` is "cudaLaunchKernel".
+/// Enqueues `kernel` on `stream`, which reads device memory at `reads` and writes it at `writes`.
+/// Like a launch, it may fail: its name for `Session::fail` is "cudaLaunchKernel".
 cudaError_t launch(cudaStream_t stream, std::vector<std::span<const std::byte>> reads,
-                   std::function<void()> kernel);
+                   std::function<void()> kernel,
+                   std::vector<std::span<const std::byte>> writes = {});
 
 }  // namespace spmoe::fake_cuda
