@@ -63,9 +63,10 @@ test-gpu: need-gpu .venv/.spmoe
 	cmake --preset cuda --log-level=WARNING
 	cmake --build --preset cuda
 	ctest --test-dir build/cuda --output-on-failure --progress
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 build/cuda/tests/cpp/spmoe_tests --gtest_brief=1 \
+	    --gtest_filter='*CudaLayerCompute*' || exit 1; done
 	compute-sanitizer --error-exitcode 1 build/cuda/tests/cpp/spmoe_hardware_tests --gtest_brief=1
-	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(BIN)/python -m pytest tests/python/test_cuda.py -k a_layer_computes || exit 1; done
 	$(BIN)/python -m pytest -m needs_cuda
 
 lint: .venv/.spmoe
