@@ -100,8 +100,10 @@ using Routing = std::vector<std::vector<std::uint32_t>>;
 
 class Kernels {
  public:
-  Kernels(const BlobFormat& format, ActivationParams params)
-      : hidden_{format.hidden}, ffn_{format, params}, scratch_{ffn_.scratch_bytes()} {}
+  Kernels(const BlobFormat& format, ActivationParams params, std::uint32_t wanted_blocks = 1024)
+      : hidden_{format.hidden},
+        ffn_{format, params, wanted_blocks},
+        scratch_{ffn_.scratch_bytes()} {}
 
   std::vector<float> run(const std::vector<const std::byte*>& blobs, const Routing& routing,
                          const Rows& x, std::uint32_t k) {
@@ -147,7 +149,7 @@ class CudaKernels : public ::testing::TestWithParam<std::tuple<DType, Layout>> {
 TEST_P(CudaKernels, agree_with_double_precision_for_any_rows_and_sizes) {
   // Of one chunk of inputs and of several, of one tile of outputs and of several, whole and not.
   constexpr std::pair<std::uint32_t, std::uint32_t> sizes[] = {
-      {1, 1}, {3, 5}, {16, 24}, {72, 40}, {264, 48}, {50, 83}, {40, 520}};
+      {1, 1}, {3, 5}, {16, 24}, {72, 40}, {264, 48}, {50, 83}, {40, 520}, {600, 280}};
   constexpr std::size_t counts[] = {1, 9, 2, 33, 7, 32, 8};
   std::uint32_t seed = 1;
   for (std::size_t n = 0; n < std::size(sizes); ++n) {
@@ -161,7 +163,8 @@ TEST_P(CudaKernels, agree_with_double_precision_for_any_rows_and_sizes) {
     for (std::size_t r = 0; r < 33; ++r) {
       expected.push_back(reference(expert.expert, params, x.values.data() + r * hidden));
     }
-    Kernels kernels{expert.expert.format, params};
+    // Of two chunks, a block takes one; or both, one after the other.
+    Kernels kernels{expert.expert.format, params, n % 2 == 0 ? 1024U : 1U};
     for (std::size_t c = 0; c < 3; ++c) {
       const std::size_t count = counts[(3 * n + c) % std::size(counts)];
       const std::vector<float> out = kernels.run({expert.blob()}, {count_up(count)}, x, 1);
