@@ -21,15 +21,16 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <iostream>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "base/convert.hpp"
+#include "base/error.hpp"
 #include "compute/cuda_layer_compute.hpp"
 #include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
@@ -114,8 +115,7 @@ class Copies {
       const BatchNotice notice = stream_->next_notice();
       if (notice.what == BatchNotice::What::issued) continue;
       if (notice.what != BatchNotice::What::landed) {
-        std::fprintf(stderr, "a copy failed: %s\n", notice.error.c_str());
-        std::exit(1);
+        throw DeviceError{"a copy failed: " + notice.error};
       }
       --batch;
     }
@@ -367,7 +367,7 @@ int main(int argc, char** argv) {
   try {
     return spmoe::run(argc, argv);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "link_bench: %s\n", error.what());
+    std::cerr << "link_bench: " << error.what() << '\n';
     return 1;
   }
 }

@@ -19,9 +19,11 @@ struct Eight {
 
 /// Pieces that a weight is cut into.
 template <DType kDtype>
-inline constexpr int weight_pieces = kDtype == DType::bf16  ? 1
-                                     : kDtype == DType::f16 ? 2
-                                                            : 3;
+inline constexpr int weight_pieces = 3;
+template <>
+inline constexpr int weight_pieces<DType::f16> = 2;
+template <>
+inline constexpr int weight_pieces<DType::bf16> = 1;
 
 /// One number at an address of any alignment, as its bits.
 template <DType kDtype>
@@ -62,11 +64,11 @@ __device__ inline Eight<kDtype> load_eight(const std::byte* from, std::uint32_t 
       }
     }
   } else {
-    constexpr int in_word = kDtype == DType::f32 ? 1 : 2;
-    constexpr int bytes = 4 / in_word;
+    constexpr std::uint32_t in_word = kDtype == DType::f32 ? 1 : 2;
+    constexpr std::uint32_t bytes = 4 / in_word;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (static_cast<std::uint32_t>(i) < count) {
+    for (std::uint32_t i = 0; i < 8; ++i) {
+      if (i < count) {
         eight.data[i / in_word / 4].words[i / in_word % 4] |= load_bits<kDtype>(from + i * bytes)
                                                               << (8 * bytes * (i % in_word));
       }

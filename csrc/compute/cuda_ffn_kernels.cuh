@@ -19,7 +19,8 @@ __device__ inline float activated(const ActivationParams& params, float gate, fl
     case Activation::clamped_swiglu: {
       // Comparisons that let NaN pass, as the host's do.
       gate = gate > params.limit ? params.limit : gate;
-      up = up < -params.limit ? -params.limit : up > params.limit ? params.limit : up;
+      up = up > params.limit ? params.limit : up;
+      up = up < -params.limit ? -params.limit : up;
       return (up + 1.0F) * (gate * (1.0F / (1.0F + expf(-gate * params.alpha))));
     }
   }
@@ -127,6 +128,14 @@ __device__ inline void finish_tile(const ProductLaunch& args, const RowGroup& gr
   }
 }
 
+/// Blocks that must have room on a processor at once: as many as fit before registers spill, since
+/// what they ask of the memory together is what keeps it busy.
+template <DType kDtype, bool kTransposed, int kRowTiles>
+constexpr unsigned resident_blocks() {
+  if (kDtype == DType::f32 || kRowTiles > 1) return 1;
+  return kDtype == DType::bf16 && !kTransposed ? 3 : 2;
+}
+
 /// Rows times one matrix of their experts. Block (tile, split, group) sums a share of the inputs
 /// into `partial`; the last of a tile's blocks to end joins them.
 ///
@@ -134,7 +143,8 @@ __device__ inline void finish_tile(const ProductLaunch& args, const RowGroup& gr
 /// bfloat16; while they come, the rows are cut into pieces and laid out in shared memory the way
 /// the lanes take them. Other blocks of the processor keep the memory busy meanwhile.
 template <DType kDtype, bool kTransposed, int kRowTiles, int kPieces>
-__global__ void __launch_bounds__(block_threads, kRowTiles == 1 && kDtype != DType::f32 ? 2 : 1)
+__global__ void __launch_bounds__(block_threads,
+                                  (resident_blocks<kDtype, kTransposed, kRowTiles>()))
     multiply_rows(const __grid_constant__ ProductLaunch args) {
   using Weights = WarpWeights<kDtype, kTransposed>;
   constexpr int wpieces = weight_pieces<kDtype>;

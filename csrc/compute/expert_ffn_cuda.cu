@@ -9,15 +9,11 @@
 namespace spmoe::cuda {
 namespace {
 
-// Blocks that a product of one expert is cut into where its shape allows: some rounds of them on
-// the largest processors, so that the last round does not leave most of one idle.
-constexpr std::uint32_t wanted_blocks = 1024;
-
 std::uint32_t ceil_div(std::uint32_t value, std::uint32_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
-void share_out(Product& product) {
+void share_out(Product& product, std::uint32_t wanted_blocks) {
   product.chunk_count = ceil_div(product.inputs, chunk_inputs);
   product.tile_count = product.halves ? ceil_div(product.outputs / 2, tile_outputs / 2)
                                       : ceil_div(product.outputs, tile_outputs);
@@ -70,7 +66,8 @@ void check_rows(std::span<const ExpertTask> tasks) {
 
 }  // namespace
 
-ExpertFfn::ExpertFfn(const BlobFormat& format, ActivationParams activation)
+ExpertFfn::ExpertFfn(const BlobFormat& format, ActivationParams activation,
+                     std::uint32_t wanted_blocks)
     : format_{format},
       activation_{activation},
       gate_up_{.weight_offset = 0,
@@ -89,8 +86,8 @@ ExpertFfn::ExpertFfn(const BlobFormat& format, ActivationParams activation)
     throw InvalidArgument{"an expert of hidden " + std::to_string(format.hidden) + " and inter " +
                           std::to_string(format.inter) + " has no weights; both must be above 0"};
   }
-  share_out(gate_up_);
-  share_out(down_);
+  share_out(gate_up_, wanted_blocks);
+  share_out(down_, wanted_blocks);
 }
 
 std::size_t ExpertFfn::partial_floats() const noexcept {

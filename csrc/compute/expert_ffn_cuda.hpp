@@ -13,8 +13,11 @@ namespace spmoe::cuda {
 /// The bits of an output row depend on its input row and its blob alone.
 class ExpertFfn {
  public:
-  /// @throws InvalidArgument if a size is 0.
-  ExpertFfn(const BlobFormat& format, ActivationParams activation);
+  /// A product of one expert is cut into about `wanted_blocks` blocks if its shape has so many: by
+  /// default some rounds of them on the largest processors, so that the last round does not leave
+  /// most of one idle. @throws InvalidArgument if a size is 0.
+  ExpertFfn(const BlobFormat& format, ActivationParams activation,
+            std::uint32_t wanted_blocks = 1024);
 
   /// Bytes of device memory that `run` works in, whatever it is given.
   [[nodiscard]] std::size_t scratch_bytes() const noexcept;

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <csetjmp>
-#include <cstdio>
 #include <cstdlib>
+#include <iostream>
 #include <mutex>
 #include <vector>
 
@@ -113,7 +113,7 @@ void run_warp(unsigned warp, unsigned threads) {
     }
     if (idle) return;
     if (rounds > 2 && meeting == warps[warp].meeting && warps[warp].arrived != 0) {
-      std::fputs("a warp waits for lanes that do not come\n", stderr);
+      std::cerr << "a warp waits for lanes that do not come\n";
       std::abort();
     }
   }
@@ -131,7 +131,7 @@ void run_block(unsigned threads) {
     }
     if (waiting == 0) return;
     if (waiting != threads) {
-      std::fputs("a block waits for threads that have ended\n", stderr);
+      std::cerr << "a block waits for threads that have ended\n";
       std::abort();
     }
     for (Fibre& fibre : fibres) {

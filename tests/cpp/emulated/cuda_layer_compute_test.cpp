@@ -100,14 +100,8 @@ class CudaLayers : public ::testing::Test {
   }
 
   Session session_{{.memory_bytes = std::size_t{1} << 26, .max_delay_us = 300}};
-  const std::array<std::vector<std::byte>, k> blobs_{[] {
-                                                       RandomExpert expert{shape, 1};
-                                                       return expert.bytes;
-                                                     }(),
-                                                     [] {
-                                                       RandomExpert expert{shape, 2};
-                                                       return expert.bytes;
-                                                     }()};
+  const std::array<std::vector<std::byte>, k> blobs_{RandomExpert{shape, 1}.bytes,
+                                                     RandomExpert{shape, 2}.bytes};
   const cuda::Stream a_ = cuda::make_stream();
   const cuda::Stream b_ = cuda::make_stream();
 };
@@ -117,8 +111,8 @@ TEST_F(CudaLayers, are_right_on_any_stream_and_as_they_grow) {
   EXPECT_EQ(layers->name(), "cuda");
   std::vector<std::unique_ptr<Call>> calls;
   for (const std::uint32_t tokens : {1U, 3U, 2U, 40U, 5U, 70U}) {
-    const cudaStream_t stream = calls.size() % 2 == 0 ? a_.get() : b_.get();
-    calls.push_back(std::make_unique<Call>(tokens, stream));
+    const cuda::Stream& stream = calls.size() % 2 == 0 ? a_ : b_;
+    calls.push_back(std::make_unique<Call>(tokens, stream.get()));
     compute(*layers, *calls.back());
   }
   for (const auto& call : calls) expect_right(*call);

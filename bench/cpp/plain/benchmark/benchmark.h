@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <iostream>
 #include <map>
 #include <memory>
 #include <string>
@@ -118,12 +118,12 @@ inline void Initialize(int* argc, char** argv) {
 }
 
 inline bool ReportUnrecognizedArguments(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) std::fprintf(stderr, "%s: unknown argument\n", argv[i]);
+  for (int i = 1; i < argc; ++i) std::cerr << argv[i] << ": unknown argument\n";
   return argc > 1;
 }
 
 inline void AddCustomContext(const std::string& key, const std::string& value) {
-  std::printf("%s: %s\n", key.c_str(), value.c_str());
+  std::cout << key << ": " << value << '\n';
 }
 
 inline void RunSpecifiedBenchmarks() {
@@ -132,14 +132,15 @@ inline void RunSpecifiedBenchmarks() {
     State state{internal::session().min_s};
     benchmark->body(state);
     const auto runs = static_cast<double>(state.iterations());
-    std::printf("%-48s %12.1f us", benchmark->name.c_str(), state.seconds() / runs * 1e6);
+    std::cout << benchmark->name << ": " << state.seconds() / runs * 1e6 << " us";
     for (const auto& [name, counter] : state.counters) {
       const bool rate = counter.flags == Counter::kIsIterationInvariantRate;
-      std::printf("  %s=%.4g%s", name.c_str(),
-                  rate ? counter.value * runs / state.seconds() : counter.value, rate ? "/s" : "");
+      std::cout << "  " << name << '='
+                << (rate ? counter.value * runs / state.seconds() : counter.value)
+                << (rate ? "/s" : "");
     }
-    std::printf("\n");
-    std::fflush(stdout);
+    std::cout << '\n';
+    std::cout.flush();
   }
 }
 

@@ -123,7 +123,7 @@ inline Accesses accesses(const CombineLaunch& args) {
 template <class Args>
 void launch(void (*kernel)(Args), dim3 grid, unsigned threads, std::uintptr_t stream,
             const Args& args) {
-  auto run = [=] { emulated::run_grid(grid, threads, [&] { kernel(args); }); };
+  const auto run = [=] { emulated::run_grid(grid, threads, [&] { kernel(args); }); };
   if (stream == 0) return run();
   Accesses touched = accesses(args);
   check(fake_cuda::launch(reinterpret_cast<cudaStream_t>(stream), std::move(touched.reads), run,
