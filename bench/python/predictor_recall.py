@@ -34,6 +34,7 @@ from spmoe.runtime import Runtime
 from spmoe.states import STATES
 
 EASY = "An easy case: the target was made from its draft."
+EXCHANGED = (0.25, 0.5, 0.75, 1.0)  # shares of predicted experts, as in bench/results
 LAST_ROWS = {
     "nobody": "nobody",
     "draft": "the draft, which reads its last token too",
@@ -119,7 +120,9 @@ def measure(
                 "calibration": runtime.calibration(),
             }
     with _everything_resident(target):
-        tallies = by_token(target, draft, written, layer_map=fitted, progress=progress)
+        tallies = by_token(
+            target, draft, written, layer_map=fitted, exchanged=EXCHANGED, progress=progress
+        )
     return {
         "experts": target.store.expert_count,
         "k": target.experts_per_token,

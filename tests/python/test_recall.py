@@ -19,6 +19,7 @@ from spmoe.bench.measure_recall import (
     Text,
     by_token,
     by_verification,
+    exchanged_source,
 )
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_target
@@ -150,6 +151,17 @@ class TestByToken:
         assert overall(tally.recall for tally in found["attention"]).at_k < 0.9
         assert found[PREVIOUS_LAYER][0].recall == Recall()
         assert found[PREVIOUS_LAYER][1].recall.needed == needed
+
+    def test_the_more_is_exchanged_the_less_is_recalled(self, own: Case) -> None:
+        shares = (0.0, 0.5, 1.0)
+        found = by_token(own.target, own.draft, [Text([*PROMPT, *OTHER])], exchanged=shares)
+        none, half, all_of_it = (
+            overall(tally.recall for tally in found[exchanged_source(share)]).at_k
+            for share in shares
+        )
+        assert none == 1.0
+        chance = TOP_K / own.target.store.expert_count
+        assert 1 > half > all_of_it > chance / 2
 
     def test_the_truth_is_what_the_experts_are_asked_for(self, tmp_path: Path) -> None:
         """Against the runtime's own record, with a draft that is wrong: another seed's model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,7 +16,6 @@ from spmoe.layer_map import LayerMap
 from spmoe.measure import estimate
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
-from spmoe.runtime import Runtime
 
 _COUNTERS = (
     *("hits", "late", "misses", "link_bytes", "link_busy_s", "stall_s", "compute_s"),
@@ -129,22 +127,6 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
     tally.expert_memory_bytes = engine.runtime.expert_memory_bytes
     tally.eviction = after["eviction"]
     return text
-
-
-def degrade(runtime: Runtime, share: float) -> None:
-    """Exchange a share of the predicted experts, seeded, for random ones of the layer."""
-    generator = random.Random(0)
-    predict = runtime.predict
-
-    def degraded(layer: int, scores: torch.Tensor, **options: Any) -> None:
-        values = scores.detach().to("cpu", copy=True)
-        for expert in range(len(values)):
-            if values[expert] > 1 and generator.random() < share:
-                other = generator.randrange(len(values))
-                values[[expert, other]] = values[[other, expert]]
-        predict(layer, values, **options)
-
-    runtime.predict = degraded  # type: ignore[assignment, method-assign]
 
 
 def to_row(

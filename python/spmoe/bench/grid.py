@@ -22,7 +22,8 @@ from spmoe.bench.bounds import (
     record_routing,
     run_resident,
 )
-from spmoe.bench.cell import Cell, Tally, degrade, load_models, open_engine, run_prompt, to_row
+from spmoe.bench.cell import Cell, Tally, load_models, open_engine, run_prompt, to_row
+from spmoe.bench.degrade import degrade
 from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
 from spmoe.metrics import cpu_model

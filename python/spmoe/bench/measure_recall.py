@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from spmoe import speculative
+from spmoe.bench.degrade import exchange
 from spmoe.layer_map import LayerMap
 from spmoe.models.cached import CachedCausalLM
 from spmoe.predictor import (
@@ -54,6 +56,7 @@ def by_token(
     texts: Sequence[Text],
     *,
     layer_map: LayerMap | None = None,
+    exchanged: Sequence[float] = (),
     progress: Progress | None = None,
 ) -> dict[str, list[TokenTally]]:
     """Compare what could be predicted from, token by token, on texts that are given.
@@ -63,6 +66,8 @@ def by_token(
         draft: A transformers model.
         texts: Of no more tokens than the models' context.
         layer_map: Adds the source `LAYER_MAP`.
+        exchanged: Adds, for each share, the default state with so many of the predicted experts
+            exchanged for random ones, as `spmoe bench --degrade-prediction` does.
         progress: Told of each text.
 
     Returns:
@@ -74,6 +79,11 @@ def by_token(
     sources: dict[str, list[DraftReader]] = {}
     if draft_mismatch(target, draft) is None:
         sources = {state: draft_readers(target, draft, state=state) for state in STATES}
+        for share in exchanged:
+            sources[exchanged_source(share)] = [
+                replace(reader, scores=partial(_exchange, reader.scores, share, random.Random(0)))
+                for reader in sources[STATES[0]]
+            ]
     if layer_map is not None:
         sources[LAYER_MAP] = draft_readers(target, draft, layer_map=layer_map)
     tallies = {
@@ -112,6 +122,20 @@ def by_token(
             read_text(target.model, text.token_ids)
     report("both models read the texts", len(texts), len(texts))
     return tallies
+
+
+def exchanged_source(share: float) -> str:
+    """Return what `by_token` calls the default state with a share of experts exchanged."""
+    return f"{STATES[0]}, {share:.0%} exchanged"
+
+
+def _exchange(
+    scores: Callable[[torch.Tensor], torch.Tensor],
+    share: float,
+    generator: random.Random,
+    state: torch.Tensor,
+) -> torch.Tensor:
+    return torch.stack([exchange(row, share, generator) for row in scores(state)])
 
 
 def _keep(
