@@ -9,6 +9,7 @@ struct LayerStats {
   std::uint64_t hits = 0;                 ///< resident when needed
   std::uint64_t late = 0;                 ///< in flight when needed
   std::uint64_t misses = 0;               ///< not started when needed
+  std::uint64_t repeated = 0;             ///< of all these, needed by the layer's run before too
   std::uint64_t demand_bytes = 0;         ///< moved because compute waited for them
   std::uint64_t prefetch_bytes = 0;       ///< moved on a prediction, used or not
   std::uint64_t prefetch_used_bytes = 0;  ///< of these, used before they were evicted
@@ -26,6 +27,7 @@ struct LayerStats {
     hits += other.hits;
     late += other.late;
     misses += other.misses;
+    repeated += other.repeated;
     demand_bytes += other.demand_bytes;
     prefetch_bytes += other.prefetch_bytes;
     prefetch_used_bytes += other.prefetch_used_bytes;

@@ -51,6 +51,7 @@ py::dict to_dict(const LayerStats& stats) {
   using namespace py::literals;
   return py::dict(
       "hits"_a = stats.hits, "late"_a = stats.late, "misses"_a = stats.misses,
+      "repeated"_a = stats.repeated,
       "demand_bytes"_a = stats.demand_bytes, "prefetch_used_bytes"_a = stats.prefetch_used_bytes,
       "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
       "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,

@@ -30,6 +30,7 @@ Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
       fills_(shape.slot_count),
       wants_(shape.expert_count, Want::none),
       critical_(std::size_t{shape.layer_count} * shape.expert_count, 0),
+      needed_(std::size_t{shape.layer_count} * shape.expert_count, 0),
       one_row_(shape.expert_count, 1),
       stats_(shape.layer_count) {
   landed_.reserve(shape.expert_count);
@@ -90,6 +91,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
     }
   }
   forget_predictions(layer);
+  count_repeated(layer, experts);
   count_recall(layer, experts);
   forecast_.observe(layer, experts, rows, tokens);
   history_.observe(layer, experts, rows);
@@ -99,6 +101,14 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
   withdraw_unwanted(layer);
   if (experts.size() == shape_.expert_count || tokens > verified_tokens)
     read_ahead(static_cast<std::uint16_t>(layer + 1));
+}
+
+void Scheduler::count_repeated(std::uint16_t layer, std::span<const std::uint16_t> experts) {
+  const std::span needed =
+      std::span{needed_}.subspan(std::size_t{layer} * shape_.expert_count, shape_.expert_count);
+  for (const std::uint16_t expert : experts) stats_[layer].repeated += needed[expert];
+  std::ranges::fill(needed, std::uint8_t{0});
+  for (const std::uint16_t expert : experts) needed[expert] = 1;
 }
 
 void Scheduler::count_recall(std::uint16_t layer, std::span<const std::uint16_t> experts) {

@@ -141,6 +141,7 @@ class Scheduler {
   [[nodiscard]] bool waited_for(ExpertId expert) const;  // by the running need
   void become_ready(SlotIndex slot);
   void release(SlotIndex slot);
+  void count_repeated(std::uint16_t layer, std::span<const std::uint16_t> experts);
   void count_recall(std::uint16_t layer, std::span<const std::uint16_t> experts);
   void forget_predictions(std::uint16_t layer);
   void withdraw_unwanted(std::uint16_t layer);
@@ -186,6 +187,7 @@ class Scheduler {
   std::vector<ReadyExpert> landed_;
   std::vector<Candidate> candidates_;
   std::vector<std::uint8_t> critical_;  // [layer, expert]: 1 among top-k of a prediction, 2 top-2k
+  std::vector<std::uint8_t> needed_;    // [layer, expert]: by the layer's last run
   std::vector<std::uint16_t> ranked_;
   std::vector<std::uint32_t> one_row_;
   std::vector<LayerStats> stats_;

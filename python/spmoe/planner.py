@@ -12,7 +12,10 @@ from spmoe.draft_length import Measured, step_s
 PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
 
 # Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
-COUNTERS = ("link_bytes", "stall_s", "misses", "late", "predicted_needs", "recalled")
+COUNTERS = (
+    *("link_bytes", "stall_s", "hits", "misses", "late", "repeated"),
+    *("predicted_needs", "recalled"),
+)
 
 # A demand may wait for less than its copy takes, since it lands while others are computed. Where a
 # prefetch takes more than this share of a copy from compute, it is tried what demands wait for: in
@@ -79,7 +82,9 @@ class Planner:
         self._iterations = 0
         self._on_trial = False
         self._stall_s: float | None = None  # for each expert that was filled
-        self._fill_share: float | None = None  # fills of the experts that uniform routing needs
+        self._fill_share: float | None = None  # fills of the experts that are needed
+        self._pool = float(shape.experts)  # as if tokens drew their experts from so few
+        self._last_rows = 0
         self._recall: dict[bool, float] = {}  # by whether the draft read its last token
         self._measured_rows: set[int] = set()
 
@@ -131,7 +136,10 @@ class Planner:
             draft_s = _blend(draft_s or None, step)
         self.costs = replace(self.costs, draft_s=draft_s)
         fills = grown["link_bytes"] / self.costs.expert_bytes
-        self._fill_share = _blend(self._fill_share, fills / self._needs(rows))
+        needed = grown["hits"] + grown["late"] + grown["misses"]
+        if needed:
+            self._fill_share = _blend(self._fill_share, fills / needed)
+            self._observe_routing(rows, needed, grown["repeated"])
         if fills >= 1:
             self._stall_s = _blend(self._stall_s, grown["stall_s"] / fills)
         if self._on_trial and (waits := grown["misses"] + grown["late"]):
@@ -163,11 +171,25 @@ class Planner:
             for at, seconds in self.costs.layer_s.items()
         } | {rows: newest}
 
+    def _observe_routing(self, rows: int, needed: float, repeated: float) -> None:
+        """Learn how alike the choices of neighbouring tokens are.
+
+        From what several tokens need together; or, of single ones, from what each takes over from
+        the one before, so that decoding plainly says what drafting would need.
+        """
+        k, experts = self.shape.experts_per_token, float(self.shape.experts)
+        pool = None
+        if rows > 1:
+            pool = _pool_of(needed / self.shape.layers, k, rows, experts)
+        elif self._last_rows == 1:
+            pool = min(k * needed / repeated, experts) if repeated else experts
+        self._last_rows = rows
+        if pool is not None:
+            self._pool = _blend(self._pool, pool)
+
     def _needs(self, rows: int) -> float:
-        """Return experts that ``rows`` tokens would need in all layers, were routing uniform."""
-        shape = self.shape
-        unused = (1 - shape.experts_per_token / shape.experts) ** rows
-        return shape.layers * shape.experts * (1 - unused)
+        """Return experts that ``rows`` tokens are expected to need in all layers."""
+        return self.shape.layers * _distinct(self._pool, self.shape.experts_per_token, rows)
 
     def _fills(self, rows: int) -> float:
         """Return how many fills an iteration of ``rows`` rows is expected to need."""
@@ -188,6 +210,23 @@ class Planner:
         return (
             gain * self._fills(draft_length + 1) * self.costs.expert_copy_s() > self.costs.draft_s
         )
+
+
+def _distinct(pool: float, k: int, rows: int) -> float:
+    """Return how many of ``pool`` experts are drawn by ``rows`` tokens that draw ``k`` each."""
+    return pool * (1 - (1 - k / pool) ** rows)
+
+
+def _pool_of(distinct: float, k: int, rows: int, experts: float) -> float:
+    """Return the pool, from ``k`` to ``experts``, whose `_distinct` is nearest to ``distinct``."""
+    low, high = float(k), experts
+    for _ in range(30):
+        middle = (low + high) / 2
+        if _distinct(middle, k, rows) < distinct:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def _blend(old: float | None, new: float) -> float:

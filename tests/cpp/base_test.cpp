@@ -200,9 +200,9 @@ TEST(BlobFormat, parts_lie_behind_each_other) {
 }
 
 TEST(LayerStats, add_up_in_every_counter) {
-  LayerStats sum{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0.5, 0.25};
-  sum += LayerStats{10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130, 1.0, 2.0};
-  const LayerStats expected{11, 22, 33, 44, 55, 66, 77, 88, 99, 110, 121, 132, 143, 1.5, 2.25};
+  LayerStats sum{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0.5, 0.25};
+  sum += LayerStats{10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130, 140, 1.0, 2.0};
+  const LayerStats expected{11, 22, 33, 44, 55, 66, 77, 88, 99, 110, 121, 132, 143, 154, 1.5, 2.25};
   EXPECT_EQ(std::memcmp(&sum, &expected, sizeof(sum)), 0);
 }
 

@@ -99,6 +99,17 @@ TEST(Scheduler, counts_hits_late_ones_and_misses) {
   EXPECT_EQ(stats.late, 1u);
 }
 
+TEST(Scheduler, counts_what_a_layer_needs_again) {
+  Scheduler scheduler = make(2, 4, 8);
+  run(scheduler, 0, {0, 1});
+  run(scheduler, 1, {0, 1});
+  run(scheduler, 0, {1, 2});
+  run(scheduler, 0, {1, 2, 3});
+  run(scheduler, 0, {0});
+  EXPECT_EQ(scheduler.stats()[0].repeated, 3u);
+  EXPECT_EQ(scheduler.stats()[1].repeated, 0u);
+}
+
 TEST(Scheduler, predictions_are_counted_by_layer) {
   Scheduler scheduler = make(2, 4, 4);
   const std::vector<float> scores(4, 0.25F);
