@@ -15,8 +15,6 @@ GPU ?= cuda:0
 GPU_SHAPES ?= mixtral-8x7b phi-3.5-moe deepseek-v2-lite qwen3-30b-a3b olmoe-1b-7b qwen1.5-moe-a2.7b gpt-oss-20b gpt-oss-120b
 GPU_LINKS ?= 0,25
 GPU_DRAFT_MS ?= 4.3
-# The small case that compute-sanitizer watches: the tests of the CUDA backend.
-GPU_TESTS ?= *Cuda*:*cuda*
 
 .PHONY: help demo test test-cpp test-python test-asan test-tsan test-gpu lint format bench bench-gpu need-gpu clean
 
@@ -39,7 +37,7 @@ help:
 	touch $@
 
 demo: .venv/.spmoe
-	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." -n 96
+	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96
 
 test: test-cpp test-asan test-tsan test-python
 
@@ -67,7 +65,8 @@ test-gpu: need-gpu .venv/.spmoe
 	ctest --test-dir build/cuda --output-on-failure --progress
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 build/cuda/tests/cpp/spmoe_tests --gtest_brief=1 \
-	    --gtest_filter='$(GPU_TESTS)' || exit 1; done
+	    --gtest_filter='*CudaLayerCompute*' || exit 1; done
+	compute-sanitizer --error-exitcode 1 build/cuda/tests/cpp/spmoe_hardware_tests --gtest_brief=1
 	$(BIN)/python -m pytest -m needs_cuda
 
 lint: .venv/.spmoe

@@ -33,12 +33,12 @@ import spmoe
 from spmoe.bench.cell import Tally, run_prompt
 from spmoe.cli.options import find_models, pair_options, progress_bar
 from spmoe.config import format_bytes, parse_memory
-from spmoe.doctor.machine import read_memory
+from spmoe.devices import cuda_status, device_model, resolve_device
+from spmoe.machine import read_memory
 from spmoe.metrics import cpu_model
 from spmoe.models.checkpoint import find_checkpoint
 from spmoe.models.loading import load_draft, load_target, resolve_dtype
 from spmoe.prompts import select_prompts
-from spmoe.runtime import cuda_status
 
 
 @dataclass(slots=True)
@@ -103,8 +103,9 @@ def main(**flags: Any) -> None:
             theirs.append(_run_accelerate(target, drafter, budget, prompts, flags))
         progress("done", 1, 1)
     rows = [_row(outcome, ours[0][0]) for outcome in [*(each for each, _ in ours), *theirs]]
+    where = cpu_model() if flags["device"] == "host" else device_model(flags["device"])
     caption = (
-        f"{_device_name(flags['device'])}, torch {torch.__version__}; {Path(target).name}, "
+        f"{where}, torch {torch.__version__}; {Path(target).name}, "
         f"{flags['dtype']}; on the device {format_bytes(dense_bytes)} of everything but experts "
         f"and {format_bytes(expert_bytes)} for experts; {flags['prompts']}, "
         f"{flags['max_new_tokens']} tokens each"
@@ -121,11 +122,7 @@ def reason_to_skip(device: str) -> str | None:
     if device == "host":
         return None
     count, reason = cuda_status()
-    if not count:
-        return f"{device} is not usable: {reason}"
-    if not torch.cuda.is_available():
-        return f"{device} is not usable by this torch: install a build of torch with CUDA"
-    return None
+    return None if count else f"{device} is not usable: {reason}"
 
 
 def _sizes(target: str | Path, dtype: torch.dtype, expert_memory: str) -> tuple[int, int]:
@@ -167,8 +164,8 @@ def _run_accelerate(
     flags: dict[str, Any],
 ) -> Outcome:
     outcome = Outcome("transformers, accelerate", None if draft is not None else 0)
-    device = "cpu" if flags["device"] == "host" else flags["device"]
-    drafter = load_draft(draft).to(device) if draft is not None else None
+    device = resolve_device(flags["device"])
+    drafter = load_draft(draft, device=device) if draft is not None else None
     with _offloaded(target, budget_bytes, flags) as model:
         model.generation_config.eos_token_id = None  # a text ends at its length, as spmoe's here
         for tokens in prompts:
@@ -237,10 +234,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['same_texts']} of {row['texts']} |"
         )
     return "\n".join(lines)
-
-
-def _device_name(device: str) -> str:
-    return cpu_model() if device == "host" else torch.cuda.get_device_name(device)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ import spmoe
 from spmoe.bench.replay import Pace, Replay, Tensors, counters, to_row
 from spmoe.bench.replay_costs import measure_costs
 from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_recording
-from spmoe.cli.options import progress_bar
+from spmoe.cli.options import device_option, pinned_option, progress_bar
 from spmoe.config import default_cache, format_bytes, parse_memory
 from spmoe.costs import Costs
+from spmoe.devices import device_model, native_name, resolve_device
 from spmoe.errors import Error
 from spmoe.machine import read_memory
 from spmoe.metrics import cpu_model
@@ -66,7 +67,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 )
 @click.option("--shrink", type=click.IntRange(min=1), default=1, help="Divides widths, for trials.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Write there, or use what is.")
-@click.option("--device", default="host", show_default=True, help="host or cuda:N.")
+@device_option
+@pinned_option
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--policies", default="all", show_default=True, help="all, or on-demand,horizon.")
 @click.option("--expert-memory", default="10%,25%,50%", show_default=True)
@@ -152,10 +154,11 @@ def fitting_layers(flags: dict[str, Any]) -> int:
     ram_bytes = read_memory().usable_bytes or 0  # layers rest in the page cache, or pinned
     # What is free, and how much of a layer goes there.
     places = [(disk_bytes, 1.0), (ram_bytes, 1.0)]
-    if flags["device"] == "host":
+    device = resolve_device(flags["device"])
+    if device.type == "cpu":
         places.append((ram_bytes, 1.0 + pool_share))
     else:
-        places.append((torch.cuda.mem_get_info(flags["device"])[0], pool_share))
+        places.append((torch.cuda.mem_get_info(device)[0], pool_share))
     fitting = min(int(FREE_SHARE * free / share / layer_bytes) for free, share in places)
     if fitting < 2:
         raise Error(
@@ -194,7 +197,7 @@ def _run(
         )
     k = SHAPES[flags["shape"]]["num_experts_per_tok"]
     script, driven_by = _script(ModelShape(store.layer_count, store.expert_count, k), flags)
-    where = torch.device("cpu" if flags["device"] == "host" else flags["device"])
+    where = resolve_device(flags["device"])
     tensors = Tensors(resolve_dtype(flags["dtype"]), where)
     pace = Pace(draft_s=flags["draft_ms"] / 1e3, dense_s=flags["dense_ms"] / 1e3)
     policies = POLICIES if flags["policies"] == "all" else flags["policies"].split(",")
@@ -207,7 +210,8 @@ def _run(
             activation=told.activation.name,
             alpha=told.activation.alpha,
             limit=told.activation.limit,
-            device=flags["device"],
+            device=native_name(where),
+            pinned_memory=flags["pinned_memory"],
             link_gbps=link_gbps,
             policy=policy,
         )
@@ -243,7 +247,7 @@ def _run(
             )
         progress(f"{policy}, {memory}", number, len(grid))
     return {"caption": _caption(store, flags, driven_by, where), "driven_by": driven_by} | {
-        "settings": {name: str(value) for name, value in flags.items()},
+        "settings": {name: str(value) for name, value in flags.items() if name != "checkpoint"},
         "rows": rows,
     }
 
@@ -281,11 +285,10 @@ def _script(shape: ModelShape, flags: dict[str, Any]) -> tuple[list[Request], st
 
 
 def _caption(store: Any, flags: dict[str, Any], driven_by: str, device: torch.device) -> str:
-    where = (
-        f"{cpu_model()}, {torch.get_num_threads()} cores"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device)
-    )
+    where = f"{cpu_model()}, {torch.get_num_threads()} cores"
+    if device.type == "cuda":
+        where = f"{device_model(native_name(device))}, experts in page-locked memory: "
+        where += str(flags["pinned_memory"])
     shrunk = f", widths divided by {flags['shrink']}" if flags["shrink"] > 1 else ""
     return (
         f"{flags['shape']}{shrunk}, {store.layer_count} MoE layers of {store.expert_count} experts "

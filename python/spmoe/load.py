@@ -24,7 +24,7 @@ def load(
     expert_memory: int | str = "25%",
     device: str = "auto",
     pinned_memory: int | str = "auto",
-    draft_length: int | str = 4,
+    draft_length: int | str = "auto",
     policy: str = "horizon",
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
@@ -72,7 +72,7 @@ def load(
         drafter = load_draft(draft, device=place)
         check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
     costs = layer_map = None
-    if policy in PLANNED or draft_length == "auto":
+    if policy in PLANNED or (draft_length == "auto" and draft is not None):
         fingerprint = Fingerprint.of(
             target, draft, dtype=chosen, device=device, link_gbps=link_gbps
         )

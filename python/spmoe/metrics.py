@@ -38,6 +38,7 @@ class Metrics:
 
     `ttft_s` is the time to the first token, `tpot_s` the time for each token after it.
     `acceptance` is accepted of drafted tokens. `hit_rate` is hits of all experts needed.
+    `pinned_bytes` of experts are in page-locked memory, which was filled at `pinned_gbps`.
     Prefetch bytes used can exceed those moved in a request, if an earlier one moved them.
     """
 
@@ -66,6 +67,9 @@ class Metrics:
     link_gbps: float | None
     expert_memory_bytes: int
     expert_total_bytes: int
+    pinned_bytes: int
+    pinned_gbps: float | None
+    device: str
     peak_rss_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,6 +135,11 @@ def summarise(
         link_gbps=link_bytes / delta["link_busy_s"] / 1e9 if delta["link_busy_s"] else None,
         expert_memory_bytes=expert_memory_bytes,
         expert_total_bytes=expert_total_bytes,
+        pinned_bytes=after["pinned_bytes"],
+        pinned_gbps=after["pinned_bytes"] / after["pinned_fill_s"] / 1e9
+        if after["pinned_bytes"]
+        else None,
+        device=after["device"],
         peak_rss_bytes=peak_rss_bytes(),
         **delta,
     )

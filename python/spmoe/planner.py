@@ -96,17 +96,19 @@ class Planner:
         doubtful = self.costs.prefetch_s > _DOUBTFUL_SHARE * copy_s
         self._on_trial = doubtful and self._iterations % _TRIAL_EVERY == 0
         wait_s = copy_s if self._wait_s is None else self._wait_s
+        pays_from = (
+            1.0 if self._on_trial else break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s)
+        )
+        depth = cutoff_layer(
+            due,
+            [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
+            self.costs,
+            free_bytes=self.shape.memory_bytes,
+        )
         return Limits(
-            cutoff_layer=cutoff_layer(
-                due,
-                [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
-                self.costs,
-                free_bytes=self.shape.memory_bytes,
-            ),
+            cutoff_layer=depth if pays_from < 1 else 0,  # no deeper than pays
             budget_bytes=byte_budget(due, self.costs),
-            break_even=1.0
-            if self._on_trial
-            else break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s),
+            break_even=pays_from,
             read_last=read_last,
         )
 

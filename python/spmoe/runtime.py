@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from typing import Any, Literal
@@ -11,11 +12,13 @@ import torch
 
 from spmoe import _core
 from spmoe.closeable import Closeable
-from spmoe.config import parse_memory, parse_pinned_memory
+from spmoe.config import format_bytes, parse_memory, parse_pinned_memory
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.machine import read_memory
 from spmoe.progress import Progress, silent
+
+log = logging.getLogger("spmoe")
 
 POLICIES: tuple[str, ...] = tuple(_core.prefetch_policy_names())
 EVICTIONS: tuple[str, ...] = tuple(_core.eviction_policy_names())
@@ -124,6 +127,18 @@ class Runtime(Closeable):
             pinned_memory_bytes=self._pinned_bytes(pinned_memory),
             pinned_progress=_in_megabytes(progress or silent),
         )
+
+        if self.device.type != "cpu":
+            self._warn_of_unpinned(self._native.stats(False)["pinned_bytes"])
+
+    def _warn_of_unpinned(self, pinned: int) -> None:
+        if pinned < self.store.total_bytes:
+            log.warning(
+                "%s of %s of experts are in page-locked memory; the others come from the "
+                "checkpoint's files, which is slower: raise pinned_memory if RAM allows",
+                format_bytes(pinned),
+                format_bytes(self.store.total_bytes),
+            )
 
     def _pinned_bytes(self, pinned_memory: int | str) -> int:
         total = self.store.total_bytes

@@ -188,8 +188,7 @@ def test_compare_offload(target_path: Path) -> None:
 def test_compare_offload_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     monkeypatch.setattr("compare_offload.cuda_status", lambda: (0, "no driver"))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert reason_to_skip("host") is None
     assert reason_to_skip("cuda:0") == "cuda:0 is not usable: no driver"
     monkeypatch.setattr("compare_offload.cuda_status", lambda: (1, ""))
-    assert "install a build of torch with CUDA" in str(reason_to_skip("cuda:0"))
+    assert reason_to_skip("cuda:0") is None

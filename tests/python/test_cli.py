@@ -20,6 +20,7 @@ GENERATE_KEYS = {
     *("tokens_per_s", "iterations", "drafted", "accepted", "acceptance", "hits", "late", "misses"),
     *("hit_rate", "demand_bytes", "prefetch_used_bytes", "prefetch_wasted_bytes"),
     *("bytes_per_token", "stall_s", "link_busy_s", "expert_memory_bytes", "expert_total_bytes"),
+    *("pinned_bytes", "pinned_gbps", "device"),
     "peak_rss_bytes",
 }
 

@@ -58,12 +58,11 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the driver says; torch has no CUDA, save in tests that need it."""
+    """What the driver says; torch is built without, save where CUDA is needed."""
     said = SimpleNamespace(count=0, reason=WITHOUT_CUDA)
     if "needs_cuda" in request.keywords:
         return said
     monkeypatch.setattr(report_module, "cuda_status", lambda: (said.count, said.reason))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", None)
     return said
 
@@ -187,9 +186,7 @@ def test_everything_that_is_off_has_a_cure(tree, cuda) -> None:
 def test_nothing_is_off_on_a_machine_that_has_everything(tree, cuda, monkeypatch) -> None:
     cuda.count, cuda.reason = 2, ""
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"GPU {index}")
     report = examine(
         root=tree(
             SERVER
@@ -205,15 +202,8 @@ def test_nothing_is_off_on_a_machine_that_has_everything(tree, cuda, monkeypatch
         report, isa="avx2", system=dataclasses.replace(report.system, io_uring="allowed")
     )
     assert not cures(report)
-    assert report.cuda.devices == ("cuda:0 (NVIDIA H100)", "cuda:1")
+    assert found(report)["CUDA"] == "cuda:0 (GPU 0), cuda:1 (GPU 1)"
     assert found(report)["RLIMIT_MEMLOCK"] == "unlimited"
-
-
-def test_a_usable_device_without_torchs_cuda_has_a_cure(tree, cuda) -> None:
-    cuda.count, cuda.reason = 1, ""
-    report = examine(root=tree(SERVER), measure=False)
-    assert report.cuda.devices == ("cuda:0",)
-    assert "install a build of torch with CUDA" in cures(report)["CUDA"]
 
 
 def test_locked_memory_matters_only_beside_a_gpu(tree) -> None:
@@ -306,7 +296,7 @@ def test_a_gpu_is_named_and_its_link_measured(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SPMOE_CACHE", str(tmp_path))
     report = examine()
     assert not report.link_failure
-    assert report.cuda.devices[0].startswith("cuda:0 (")
+    assert "cuda:0" in report.cuda.devices
     assert [link.device for link in report.links[:2]] == ["host", "cuda:0"]
     assert report.links[1].cached_gbps > 0
     assert (report.links[1].pinned_gbps or 0) > 0

@@ -21,7 +21,7 @@ DRAFT_LENGTHS = (0, 1, 4, 9)
 @pytest.fixture(scope="module")
 def engine(target_path: Path) -> Iterator[spmoe.Engine]:
     # Its own draft: every proposal is right, so that most of a text is accepted runs.
-    with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
+    with spmoe.load(target_path, target_path, expert_memory="50%", draft_length=4) as engine:
         yield engine
 
 

@@ -31,6 +31,7 @@ PURE = {
     "costs",
     "cutoff",
     "draft_length",
+    "machine",
     "metrics",
     "planner",
 }  # neither torch nor _core

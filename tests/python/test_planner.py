@@ -16,6 +16,9 @@ COSTS = Costs(
 )
 
 
+CHEAP = replace(COSTS, prefetch_s=0.0002)  # a fifth of a copy
+
+
 @dataclass
 class Iteration:
     drafted: int = 4
@@ -70,12 +73,16 @@ def test_the_cutoff_counts_the_fills_that_iterations_really_need() -> None:
 
 def test_before_any_iteration_fills_are_those_of_uniform_routing() -> None:
     # Of 8 experts 8 (1 - .75^5) = 6.1 are used by five tokens, and half are missing.
-    fits_three_layers = planner(memory_bytes=40 * 16 * MIB).limits(4)
-    assert fits_three_layers.cutoff_layer == 10
-    assert planner(memory_bytes=10 * 16 * MIB).limits(4).cutoff_layer == 1  # 5.3 a layer
+    shape = Shape(10, 8, 2, 40 * 16 * MIB)
+    assert Planner(CHEAP, shape).limits(4).cutoff_layer == 10
+    small = replace(shape, memory_bytes=10 * 16 * MIB)
+    assert Planner(CHEAP, small).limits(4).cutoff_layer == 1  # 5.3 a layer
 
 
-CHEAP = replace(COSTS, prefetch_s=0.0002)  # a fifth of a copy
+def test_it_prefetches_no_deeper_than_pays() -> None:
+    never = Planner(replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB))
+    assert never.limits(4).break_even == 1
+    assert never.limits(4).cutoff_layer == 0
 
 
 def test_it_breaks_even_where_what_a_prefetch_takes_is_what_it_saves() -> None:
@@ -98,7 +105,7 @@ def test_where_a_prefetch_takes_much_it_is_tried_what_demands_wait_for() -> None
 
 
 def test_predictions_are_of_use_where_something_may_be_prefetched() -> None:
-    limits = planner(memory_bytes=10 * 16 * MIB).limits(4)
+    limits = Planner(CHEAP, Shape(10, 8, 2, 10 * 16 * MIB)).limits(4)
     assert limits.cutoff_layer == 1
     assert [limits.uses_prediction("sp-moe", layer) for layer in (0, 1)] == [True, False]
     cheap = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spmoe.cli.options import (
     device_option,
+    draft_length_option,
     engine_options,
     find_models,
     link_option,
@@ -27,6 +28,7 @@ _TRACE_SPANS = 200_000  # some minutes of decoding
 
 @click.command()
 @pair_options
+@draft_length_option("auto")
 @engine_options
 @output_options
 @option("--prompt", "-p", help="The user's message.")
@@ -101,7 +103,7 @@ def _print_figures(figures: dict[str, Any], link_gbps: float) -> None:
 
     mib = 1 << 20
     tpot = figures["tpot_s"]
-    link = figures["link_gbps"]
+    link, pinned_gbps = figures["link_gbps"], figures["pinned_gbps"]
     rows = {
         "time to first token": f"{figures['ttft_s']:.3f} s",
         "time per output token": "-" if tpot is None else f"{tpot * 1e3:.1f} ms",
@@ -116,6 +118,9 @@ def _print_figures(figures: dict[str, Any], link_gbps: float) -> None:
         "stall": f"{figures['stall_s']:.3f} s",
         "expert memory": f"{figures['expert_memory_bytes'] / mib:.0f} MiB of "
         f"{figures['expert_total_bytes'] / mib:.0f} MiB",
+        "page-locked experts": f"{figures['pinned_bytes'] / mib:.0f} MiB"
+        + (f", filled at {pinned_gbps:.2f} GB/s" if pinned_gbps is not None else ""),
+        "device": figures["device"],
         "peak resident memory": f"{figures['peak_rss_bytes'] / mib:.0f} MiB",
     }
     table = Table(show_header=False)

@@ -90,15 +90,17 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def draft_length_option(default: str) -> Callable[[Any], Any]:
+    """Return how far to draft."""
+    return option(
+        "--draft-length", default=default, help="Tokens drafted an iteration: 0 to 31, or auto."
+    )
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add how an engine decodes."""
+    """Add how an engine holds its experts."""
     for decorate in reversed(
         [
-            option(
-                "--draft-length",
-                default="4",
-                help="Tokens drafted an iteration: 0 to 31, or auto.",
-            ),
             option("--policy", default="horizon", help="What is prefetched; see docs/policies.md."),
             option("--eviction", default="auto", help="What leaves; auto: as the policy wants."),
             option(

@@ -11,6 +11,7 @@ import click
 
 from spmoe.cli.options import (
     device_option,
+    draft_length_option,
     engine_options,
     find_models,
     option,
@@ -23,6 +24,7 @@ from spmoe.cli.options import (
 
 @click.command()
 @pair_options
+@draft_length_option("4")
 @engine_options
 @output_options
 @device_option

@@ -70,9 +70,14 @@ def write_weights(
 ) -> None:
     """Write bfloat16 tensors into safetensors files and an index.
 
-    Files are of about ``shard_bytes``, or else `SHARD_BYTES`. At most one file's tensors are in
-    memory at a time.
+    At most one file's tensors are in memory at a time.
+
+    Args:
+        directory: Exists.
+        tensors: By their names, in the order of writing.
+        shard_bytes: Of a file, about; None means `SHARD_BYTES`.
     """
+    most_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
     shards: list[Path] = []
     places: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
@@ -85,7 +90,7 @@ def write_weights(
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > (shard_bytes or SHARD_BYTES):
+        if pending and pending_bytes + tensor.nbytes > most_bytes:
             write()
             pending_bytes = 0
         pending[name] = tensor

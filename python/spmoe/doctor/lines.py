@@ -38,16 +38,8 @@ def describe(report: Report) -> Iterator[Line]:
 
 def _describe_cuda(report: Report) -> Iterator[Line]:
     cuda, system = report.cuda, report.system
-    if cuda.devices:
-        cure = (
-            ""
-            if cuda.torch
-            else f"torch {report.versions['torch']} was built without CUDA and would compute the "
-            "dense part on the host: install a build of torch with CUDA"
-        )
-        yield Line("CUDA", ", ".join(cuda.devices), cure)
-    else:
-        yield Line("CUDA", "not usable", cuda.reason)
+    usable = ", ".join(f"{device} ({name})" for device, name in cuda.devices.items())
+    yield Line("CUDA", usable or "not usable", cuda.reason)
     yield Line("GPUs", ", ".join(system.gpus) or "none found")
     yield Line("NVIDIA driver", system.nvidia_driver or "not loaded")
     yield Line("torch's CUDA", cuda.torch or "built without")

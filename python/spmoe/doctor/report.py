@@ -32,12 +32,12 @@ class Cuda:
     """Whether spmoe can use CUDA here.
 
     Attributes:
-        devices: Names of the devices that spmoe can use; as torch calls them, if it can tell.
+        devices: "cuda:<index>" of those that spmoe can use -> what they call themselves.
         reason: Why there is none; empty if there is one.
         torch: The CUDA version that torch was built with; None: torch was built without.
     """
 
-    devices: tuple[str, ...]
+    devices: dict[str, str]
     reason: str
     torch: str | None
 
@@ -84,8 +84,6 @@ def examine(
         progress: Called with a description, and done of total.
     """
     cuda = _find_cuda()
-    # A runtime on CUDA computes on torch's tensors, so that torch must have the device too.
-    with_torch = range(len(cuda.devices) if torch.cuda.is_available() else 0)
     links: list[Link] = []
     failure = ""
     isa = memcpy = None
@@ -95,7 +93,7 @@ def examine(
             memcpy = memcpy_gbps(_MEMCPY_BYTES)
             links = [
                 measure_link(default_cache(), device=device, progress=progress)
-                for device in ("host", *(f"cuda:{index}" for index in with_torch))
+                for device in ("host", *cuda.devices)
             ]
     except (OSError, Error) as error:
         failure = str(error)
@@ -114,10 +112,8 @@ def examine(
 
 def _find_cuda() -> Cuda:
     count, reason = cuda_status()
-    names = range(min(count, torch.cuda.device_count()) if torch.cuda.is_available() else 0)
-    known = [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in names]
-    unnamed = [f"cuda:{index}" for index in range(len(known), count)]
-    return Cuda((*known, *unnamed), reason, torch.version.cuda)
+    names = {f"cuda:{index}": torch.cuda.get_device_name(index) for index in range(count)}
+    return Cuda(names, reason, torch.version.cuda)
 
 
 def _versions() -> dict[str, str]:
