@@ -70,7 +70,7 @@ test-gpu: need-gpu .venv/.spmoe
 	$(BIN)/python -m pytest -m needs_cuda
 
 lint: .venv/.spmoe
-	clang-format --dry-run --Werror $$(git ls-files '*.hpp' '*.cpp' '*.cu')
+	clang-format --dry-run --Werror $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
 	cmake --preset release --log-level=WARNING
 	run-clang-tidy.py -quiet -p build/release -j 2 "$(CURDIR)/(csrc|tests|bench)/.*" > build/tidy.log \
 	  || { cat build/tidy.log; exit 1; }
@@ -79,7 +79,7 @@ lint: .venv/.spmoe
 	mypy
 
 format: .venv/.tools
-	clang-format -i $$(git ls-files '*.hpp' '*.cpp' '*.cu')
+	clang-format -i $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
 	ruff check --fix .
 	ruff format .
 

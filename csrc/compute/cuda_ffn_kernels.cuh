@@ -91,6 +91,7 @@ __device__ inline float total_of(const Product& product, const float* partial,
                                  const std::byte* blob, std::uint32_t tile, std::uint32_t local) {
   const std::size_t stride = std::size_t{product.tile_count} * tile_outputs;
   float total = 0;
+#pragma unroll 8
   for (std::uint32_t split = 0; split < product.split_count; ++split) {
     total += load_shared_by_blocks(partial + split * stride + tile * tile_outputs + local);
   }

@@ -115,6 +115,15 @@ def test_synthetic_checkpoint(tmp_path: Path) -> None:
 TRIAL = ["mixtral-8x7b", "--layers", 2, "--shrink", 64, "--requests", 1, "--iterations", 2]
 
 
+def test_expert_ffn_vs_torch(tmp_path: Path) -> None:
+    options = ["--shrink", 16, "--repeats", 1, "--json", tmp_path / "out.json"]
+    printed = run("expert_ffn_vs_torch.py", "qwen3-30b-a3b", *options)
+    assert printed.startswith("qwen3-30b-a3b, widths / 16, 128 experts, bfloat16; ")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["rows"] for row in rows] == [1, 2, 4, 8, 16, 32]
+    assert all(row["spmoe_gbps"] > 0 < row["torch_gbps"] for row in rows)
+
+
 def test_replay_routing_by_a_model(tmp_path: Path) -> None:
     files = ["--checkpoint", tmp_path / "model", "--json", tmp_path / "out.json"]
     options = ["--expert-memory", "50%,100%", "--link-gbps", "0,1", "--draft-length", 2]

@@ -141,6 +141,11 @@ TEST_F(CudaLayers, may_be_given_up_for_a_layer_on_another_stream) {
   run(*layers, given_up, 0);
   compute(*layers, next);
   expect_right(next);
+
+  const Call larger{20, a_.get()};
+  layers->begin(larger.args());  // grows, and does no more
+  compute(*layers, next);
+  expect_right(next);
 }
 
 TEST_F(CudaLayers, would_be_caught_if_streams_did_not_wait_for_each_other) {

@@ -165,8 +165,8 @@ TEST_P(CudaKernels, agree_with_double_precision_for_any_rows_and_sizes) {
     }
     // Of two chunks, a block takes one; or both, one after the other.
     Kernels kernels{expert.expert.format, params, n % 2 == 0 ? 1024U : 1U};
-    for (std::size_t c = 0; c < 3; ++c) {
-      const std::size_t count = counts[(3 * n + c) % std::size(counts)];
+    for (std::size_t c = 0; c < 2; ++c) {
+      const std::size_t count = counts[(2 * n + c) % std::size(counts)];
       const std::vector<float> out = kernels.run({expert.blob()}, {count_up(count)}, x, 1);
       for (std::size_t i = 0; i < out.size(); ++i) {
         const double wanted = i < count * hidden ? expected[i / hidden][i % hidden] : 77.0;

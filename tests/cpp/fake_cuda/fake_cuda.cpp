@@ -364,9 +364,16 @@ cudaError_t cudaFree(void* data) {
   return result(release(data, state->device_memory));
 }
 
-cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t) {
+cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t handle) {
   SPMOE_FAKE_CALL();
-  return result(allocate(data, bytes, state->device_memory, state->settings.memory_bytes));
+  const cudaError_t status =
+      allocate(data, bytes, state->device_memory, state->settings.memory_bytes);
+  if (status != cudaSuccess) return result(status);
+  // The memory is of this stream; others must be behind this point.
+  CUstream_st& stream = actual(handle);
+  enqueue(stream, [](std::unique_lock<std::mutex>&) {});
+  note_access(stream, {static_cast<const std::byte*>(*data), bytes}, true);
+  return cudaSuccess;
 }
 
 cudaError_t cudaFreeAsync(void* data, cudaStream_t handle) {
