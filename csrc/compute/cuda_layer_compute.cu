@@ -88,7 +88,12 @@ class CudaLayerCompute final : public LayerCompute {
 
   void run(std::span<const ExpertTask> tasks) override {
     const cuda::CurrentDevice current{device_};
-    ffn_.run(tasks, args_, rows_, scratch_.data());
+    try {
+      ffn_.run(tasks, args_, rows_, scratch_.data());
+    } catch (...) {  // what was enqueued before is in the memory still
+      static_cast<void>(cudaEventRecord(last_use_.get(), stream_of(args_)));
+      throw;
+    }
     mark();
   }
 

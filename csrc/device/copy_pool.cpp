@@ -58,12 +58,19 @@ CopyPool::CopyPool(PieceMovers& movers, const DeviceOptions& options)
           piece_bytes_ / (options.copy_threads * movers.window(StreamPriority::prefetch)), 1)},
       pacer_{options.link_gbps, options.faults} {
   for (unsigned i = 0; i < options.copy_threads; ++i) each_mover_.push_back(movers.make_mover());
-  for (const auto& mover : each_mover_) {
-    threads_.emplace_back([this, one = mover.get()] { serve(*one); });
+  try {
+    for (const auto& mover : each_mover_) {
+      threads_.emplace_back([this, one = mover.get()] { serve(*one); });
+    }
+  } catch (...) {
+    stop();
+    throw;
   }
 }
 
-CopyPool::~CopyPool() {
+CopyPool::~CopyPool() { stop(); }
+
+void CopyPool::stop() {
   {
     const std::scoped_lock lock{mutex_};
     stopping_ = true;

@@ -75,6 +75,7 @@ class CopyPool {
   [[nodiscard]] Batch* find_waiting(Channel& channel, Fence fence);
   [[nodiscard]] Batch& add(Channel& channel, const CopyBatch& copies);
   void serve(PieceMover& mover);
+  void stop();
   void cut_piece(Queue& queue, Piece& piece);
   std::uint64_t cut_move(Batch& batch, std::uint64_t most_bytes, Piece& piece);
   void note_begun(const Piece& piece);

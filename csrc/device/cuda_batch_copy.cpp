@@ -6,6 +6,12 @@
 // lost an argument in 13.0.
 namespace spmoe::cuda {
 
+BatchCopy::BatchCopy() {
+  int driver = 0;
+  SPMOE_CUDA_TRY(cudaDriverGetVersion(&driver));
+  batches_ = driver >= 12080;  // a runtime may be newer than its driver
+}
+
 void BatchCopy::clear() {
   dsts_.clear();
   srcs_.clear();
@@ -20,7 +26,7 @@ void BatchCopy::add(void* dst, const void* src, std::size_t bytes) {
 
 void BatchCopy::enqueue(cudaStream_t stream) {
 #if CUDART_VERSION >= 12080
-  if (dsts_.size() > 1) {
+  if (batches_ && dsts_.size() > 1) {
     cudaMemcpyAttributes in_order{};
     in_order.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
     std::size_t from_first = 0;

@@ -7,9 +7,12 @@
 
 namespace spmoe::cuda {
 
-/// Copies to hand over in one call. Keeps its memory between batches.
+/// Copies to hand over in one call. Keeps its memory between batches. One thread.
 class BatchCopy {
  public:
+  /// Asks the driver whether it takes batches.
+  BatchCopy();
+
   void clear();
   void add(void* dst, const void* src, std::size_t bytes);
 
@@ -18,6 +21,7 @@ class BatchCopy {
   void enqueue(cudaStream_t stream);
 
  private:
+  bool batches_;
   std::vector<void*> dsts_;
   std::vector<const void*> srcs_;
   std::vector<std::size_t> bytes_;

@@ -1,7 +1,7 @@
 #include "device/cuda_movers.hpp"
 
 #include <algorithm>
-#include <array>
+#include <exception>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -32,7 +32,12 @@ struct Bounce {
 
   explicit Bounce(std::size_t bytes) : copied{make_event(/*blocking=*/true)} {
     void* raw = nullptr;
-    SPMOE_CUDA_TRY(cudaHostAlloc(&raw, bytes, cudaHostAllocPortable));
+    const cudaError_t status = cudaHostAlloc(&raw, bytes, cudaHostAllocPortable);
+    if (status != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      throw OutOfMemory{"no page-locked memory for a buffer of " + format_bytes(bytes) + ": " +
+                        describe(status) + "; free some, or use device=\"host\""};
+    }
     memory = UniqueHandle<void*, cudaFreeHost>{raw};
   }
   [[nodiscard]] std::byte* data() const { return static_cast<std::byte*>(memory.get()); }
@@ -51,7 +56,7 @@ class Mover final : public PieceMover {
   BegunPiece begin(std::span<const Move> moves) override {
     bool enqueued = false;
     try {
-      const CurrentDevice device{device_index_};
+      SPMOE_CUDA_TRY(cudaSetDevice(device_index_));  // the pool's own thread: nobody else minds
       Bounce* bounce = nullptr;
       batch_.clear();
       for (const Move& move : moves) {
@@ -71,7 +76,7 @@ class Mover final : public PieceMover {
       batch_.enqueue(stream_.get());
       if (bounce != nullptr) SPMOE_CUDA_TRY(cudaEventRecord(bounce->copied.get(), stream_.get()));
       return {reinterpret_cast<std::uintptr_t>(record_landing()), {}};
-    } catch (const DeviceError& error) {
+    } catch (const std::exception& error) {
       // What was enqueued has nobody who waits for it.
       if (enqueued) static_cast<void>(cudaStreamSynchronize(stream_.get()));
       return {0, describe(error.what(), moves)};
@@ -169,6 +174,7 @@ std::uint64_t Movers::move_bytes(const Extent& src) const {
 }
 
 void Movers::make_consumer_wait(std::uintptr_t consumer, std::uintptr_t landing) {
+  const CurrentDevice device{device_index_};  // whose default stream it is, if it is that
   SPMOE_CUDA_TRY(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(consumer),
                                      reinterpret_cast<cudaEvent_t>(landing), 0));
 }

@@ -143,38 +143,46 @@ std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slo
 void Runtime::forward(std::uint16_t layer, const LayerArgs& args) {
   const std::scoped_lock call{call_mutex_};  // `close` takes it too, so what is open stays open
   require_open(layer);
-  rows_.assign(fetch_index(args), args.k);
+  rows_.assign(fetch_index(layer, args), args.k);
   compute_->begin(args);
 
   std::unique_lock lock{mutex_};
-  throw_failure();
+  throw_failure(spoiled_);
+  need_failure_.clear();
   try {
     run_needed(lock, layer, args);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     scheduler_.abandon_need();
-    failure_.clear();
     throw;
   }
   lock.unlock();
   compute_->end();
 }
 
-std::span<const std::int64_t> Runtime::fetch_index(const LayerArgs& args) {
+std::span<const std::int64_t> Runtime::fetch_index(std::uint16_t layer, const LayerArgs& args) {
+  bool behind = false;  // the router behind compute, and that behind the link
+  {
+    const std::scoped_lock lock{mutex_};
+    behind = scheduler_.computed_ahead();
+  }
   const std::size_t count = std::size_t{args.tokens} * args.k;
   const std::size_t bytes = count * sizeof(std::int64_t);
   if (index_ == nullptr || index_->bytes() < bytes) {
     index_.reset();
     index_ = std::make_unique<PinnedBuffer>(*device_, std::bit_ceil(bytes));
   }
+  const double start_s = now_s();
   // The one wait of a layer: which experts it needs decides all that follows.
   device_->wait(
       device_->read_back(index_->data(), args.top_k_index, bytes, args.consumer, HostWait::spin));
+  const std::scoped_lock lock{mutex_};
+  if (behind) finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
   return {reinterpret_cast<const std::int64_t*>(index_->data()), count};
 }
 
-void Runtime::throw_failure() {
-  if (!failure_.empty()) throw DeviceError{std::exchange(failure_, {})};
+void Runtime::throw_failure(std::string& failure) {
+  if (!failure.empty()) throw DeviceError{std::exchange(failure, {})};
 }
 
 void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
@@ -188,13 +196,13 @@ void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer
       computed += ready_.size();
       compute_ready(lock, layer, args.consumer);
     } else {
-      throw_failure();
+      throw_failure(need_failure_);
       const double start_s = now_s();
       landed_.wait(lock);
       finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
     }
   }
-  throw_failure();
+  throw_failure(need_failure_);
 }
 
 void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
@@ -294,9 +302,11 @@ void Runtime::on_notice(const CopyLane::FillNotice& notice) {
     scheduler_.filled(fill.slot);
   } else if (batch.what == What::withdrawn) {
     scheduler_.withdrawn(fill.slot, batch.bytes_moved);
-  } else if (scheduler_.failed(fill.slot, batch.bytes_moved)) {
-    failure_ = "could not fill " + store_->describe(fill.expert) + ": " + batch.error +
-               "; the request fails, the next one reads it again";
+  } else if (const Spoiled spoiled = scheduler_.failed(fill.slot, batch.bytes_moved);
+             spoiled != Spoiled::nothing) {
+    (spoiled == Spoiled::need ? need_failure_ : spoiled_) =
+        "could not fill " + store_->describe(fill.expert) + ": " + batch.error +
+        "; the request fails, the next one reads it again";
   }
   start_fills();
   trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,
@@ -308,7 +318,8 @@ void Runtime::begin_request() {
   std::unique_lock lock{mutex_};
   require_open(0);
   landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
-  failure_.clear();  // of the request before
+  spoiled_.clear();  // of the request before
+  ++epoch_;
   scheduler_.begin_request();
   start_fills();
 }
@@ -327,21 +338,21 @@ void Runtime::predict(std::uint16_t layer, std::span<const float> scores, Predic
 void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource source,
                       std::uintptr_t consumer) {
   std::shared_ptr<ScoreMailbox> mailbox;
-  std::uint64_t iteration = 0;
+  std::uint64_t epoch = 0;
   {
     const std::scoped_lock lock{mutex_};
     require_open(layer);
     mailbox = mailbox_;
-    iteration = iterations_;
+    epoch = epoch_;
   }
-  if (mailbox->send({layer, source, iteration}, scores, consumer)) return;
+  if (mailbox->send({layer, source, epoch}, scores, consumer)) return;
   const std::scoped_lock lock{mutex_};
   ++dropped_predictions_;
 }
 
 void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores) {
   const std::scoped_lock lock{mutex_};
-  if (letter.iteration != iterations_ || demand_lane_ == nullptr) {
+  if (letter.epoch != epoch_ || demand_lane_ == nullptr) {
     ++dropped_predictions_;
     return;
   }
@@ -390,8 +401,9 @@ void Runtime::end_iteration(std::uint32_t accepted) {
   std::unique_lock lock{mutex_};
   require_open(0);
   landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
-  throw_failure();
+  throw_failure(spoiled_);
   ++iterations_;
+  ++epoch_;
   accepted_ += accepted;
   scheduler_.end_iteration();
   start_fills();

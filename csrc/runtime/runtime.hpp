@@ -124,11 +124,12 @@ class Runtime {
   void require_open(std::uint16_t layer) const;
   [[nodiscard]] const ExpertStore& blobs() const;
   void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
-  [[nodiscard]] std::span<const std::int64_t> fetch_index(const LayerArgs& args);
+  [[nodiscard]] std::span<const std::int64_t> fetch_index(std::uint16_t layer,
+                                                          const LayerArgs& args);
   void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
   void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
                      std::uintptr_t consumer);
-  void throw_failure();
+  static void throw_failure(std::string& failure);
   void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
   void start_fills();
   void list_copies();
@@ -153,9 +154,11 @@ class Runtime {
   Scheduler scheduler_;
   std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
   TraceRing trace_;
-  std::string failure_;         // why the running need, or what was computed before, is spoiled
+  std::string need_failure_;    // why the running need cannot end
+  std::string spoiled_;         // why what was computed before does not stand
   std::vector<Mark> last_use_;  // by slot: its next fill waits for that
   std::uint64_t iterations_ = 0;
+  std::uint64_t epoch_ = 0;  // iterations and requests: predictions are of one of them
   std::uint64_t accepted_ = 0;
   std::uint64_t dropped_predictions_ = 0;
   std::uint64_t pinned_bytes_ = 0;

@@ -21,7 +21,7 @@ class ScoreMailbox {
   struct Letter {
     std::uint16_t layer = 0;
     PredictionSource source = PredictionSource::draft;
-    std::uint64_t iteration = 0;  ///< that they were made in
+    std::uint64_t epoch = 0;  ///< that they were made in
   };
   /// Told the scores of each letter, in order, on the worker.
   using OnScores = std::function<void(const Letter& letter, std::span<const float> scores)>;

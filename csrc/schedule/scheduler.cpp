@@ -328,10 +328,12 @@ void Scheduler::withdrawn(SlotIndex slot, std::uint64_t bytes_moved) {
   if (waited_for(expert)) queue_.push(expert, FillKind::demand);
 }
 
-bool Scheduler::failed(SlotIndex slot, std::uint64_t bytes_moved) {
+Spoiled Scheduler::failed(SlotIndex slot, std::uint64_t bytes_moved) {
   const ExpertId expert = slots_[slot].expert;
   const bool leased = slots_[slot].leases > 0;
-  const bool spoiled = leased || fills_[slot].computed_behind;
+  const Spoiled spoiled = leased                         ? Spoiled::need
+                          : fills_[slot].computed_behind ? Spoiled::results
+                                                         : Spoiled::nothing;
   count_moved(slot, bytes_moved);
   forget_fill(slot);
   fills_[slot].failed = leased;
@@ -339,10 +341,10 @@ bool Scheduler::failed(SlotIndex slot, std::uint64_t bytes_moved) {
   if (!waited_for(expert)) return spoiled;
   if (fills_[slot].kind == FillKind::prefetch) {
     queue_.push(expert, FillKind::demand);  // only a read of its own can fail a need
-    return false;
+    return Spoiled::nothing;
   }
   wants_[expert.expert] = Want::none;
-  return true;
+  return Spoiled::need;
 }
 
 void Scheduler::end_iteration() {

@@ -25,6 +25,13 @@ struct Fill {
   FillKind kind;
 };
 
+/// Whose results a failed fill spoils.
+enum class Spoiled : std::uint8_t {
+  nothing,
+  need,    ///< those of the running need, which cannot end
+  results  ///< of a need that has ended, or an expert of the running one that was computed
+};
+
 /// What is to change about the fill under way into `slot`.
 struct FillChange {
   enum class To : std::uint8_t {
@@ -106,9 +113,8 @@ class Scheduler {
   /// The fill of `slot` was withdrawn with `bytes_moved` of its bytes; the slot is empty again.
   void withdrawn(SlotIndex slot, std::uint64_t bytes_moved);
   /// The fill of `slot` failed with `bytes_moved` of its bytes; the slot is empty again, once it is
-  /// not leased. Returns whether somebody's results are spoiled: it was a demand of the running
-  /// need, or was computed behind. A prefetch that is needed becomes a demand.
-  bool failed(SlotIndex slot, std::uint64_t bytes_moved);
+  /// not leased. A prefetch that is needed becomes a demand, and spoils nothing.
+  Spoiled failed(SlotIndex slot, std::uint64_t bytes_moved);
 
   /// Whether something was computed behind a fill that has not ended.
   [[nodiscard]] bool computed_ahead() const;

@@ -559,6 +559,25 @@ TEST(Runtime, many_threads_may_call_at_once) {
   EXPECT_EQ(wrong, 0);
 }
 
+TEST(Runtime, a_failure_is_told_to_the_call_that_needs_it_whatever_others_do_meanwhile) {
+  std::mt19937 random{32};
+  const LayerCall call = random_call(random, 1, 1);
+  for (int round = 0; round < 300; ++round) {
+    Runtime runtime{store(), options(4)};
+    runtime.inject({.fail_at_copy = 1});
+    std::atomic<bool> done = false;
+    std::thread other{[&] {
+      while (!done) {
+        runtime.begin_request();
+        EXPECT_NO_THROW(runtime.end_iteration(0));
+      }
+    }};
+    EXPECT_THROW(static_cast<void>(forward(runtime, call)), DeviceError);
+    done = true;
+    other.join();
+  }
+}
+
 TEST(Runtime, may_be_closed_while_others_call) {
   for (int round = 0; round < 5; ++round) {
     Runtime runtime{store(), options(5)};

@@ -163,7 +163,7 @@ class PolicyWalk {
     if ((!running_ || withdrawn) && random_() % 16 == 0) {
       slots_[landed] = {};
       moved_bytes_ += part;
-      ASSERT_FALSE(scheduler_.failed(landed, part));
+      ASSERT_EQ(scheduler_.failed(landed, part), Spoiled::nothing);
       return;
     }
     if (withdrawn && random_() % 4 != 0) {

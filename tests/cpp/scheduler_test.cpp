@@ -63,7 +63,7 @@ TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) 
       scheduler.issued(slot);
       EXPECT_EQ(taken ? take(scheduler) : Experts{1}, Experts{1});
       if (computed) scheduler.computed(1);
-      EXPECT_TRUE(scheduler.failed(slot, 0)) << "what was computed is spoiled";
+      EXPECT_EQ(scheduler.failed(slot, 0), computed ? Spoiled::results : Spoiled::need);
       EXPECT_FALSE(scheduler.computed_ahead());
       EXPECT_EQ(taken ? Experts{1} : take(scheduler), Experts{1});
       if (!computed) scheduler.computed(1);
@@ -275,7 +275,7 @@ TEST(Scheduler, a_failed_fill_that_the_need_waits_for_is_told_and_leaves_the_slo
   scheduler.need(0, Experts{0, 1});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
-  EXPECT_TRUE(scheduler.failed(fill->slot, 0));
+  EXPECT_EQ(scheduler.failed(fill->slot, 0), Spoiled::need);
   scheduler.abandon_need();
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(total(scheduler).demand_bytes, 0u);
@@ -287,17 +287,17 @@ TEST(Scheduler, a_failed_prefetch_that_is_needed_becomes_a_demand) {
   run(scheduler, 0, all_of(4));
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 4u);
-  EXPECT_FALSE(scheduler.failed(fills[0].slot, 0));
+  EXPECT_EQ(scheduler.failed(fills[0].slot, 0), Spoiled::nothing);
   scheduler.need(1, Experts{1});
-  EXPECT_FALSE(scheduler.failed(fills[3].slot, 0));
-  EXPECT_FALSE(scheduler.failed(fills[1].slot, 0));
+  EXPECT_EQ(scheduler.failed(fills[3].slot, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.failed(fills[1].slot, 0), Spoiled::nothing);
   const auto again = start(scheduler);
   ASSERT_EQ(again.size(), 1u);
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
-  EXPECT_TRUE(scheduler.failed(again[0].slot, 0));
+  EXPECT_EQ(scheduler.failed(again[0].slot, 0), Spoiled::need);
   scheduler.abandon_need();
-  EXPECT_FALSE(scheduler.failed(fills[2].slot, 0));
+  EXPECT_EQ(scheduler.failed(fills[2].slot, 0), Spoiled::nothing);
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 4u);
 }
 
@@ -421,9 +421,7 @@ TEST(Scheduler, the_oracle_moves_no_byte_in_vain) {
 
 TEST(Scheduler, a_trace_of_another_model_is_refused) {
   Scheduler scheduler = make(3, 6, 2);
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              scheduler.replay(RoutingTrace{3, 5});
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { scheduler.replay(RoutingTrace{3, 5}); }),
             "a trace of 3 layers of 5 experts given, but there are 3 layers of 6");
 }
 

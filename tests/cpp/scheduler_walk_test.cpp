@@ -242,8 +242,10 @@ class Walk {
     changes_.erase(landed);
     if (may_fail_ && pick(20) == 0) {
       const bool demanded = waited && slot.kind == FillKind::demand;
-      const bool spoiled = slot.leased || slot.computed_behind;
-      spoiled_ += spoiled ? 1 : 0;
+      const Spoiled spoiled = slot.leased || demanded ? Spoiled::need
+                              : slot.computed_behind  ? Spoiled::results
+                                                      : Spoiled::nothing;
+      spoiled_ += slot.leased || slot.computed_behind ? 1 : 0;
       if (slot.leased) {
         slot.failed = true;
         slot.issued = slot.computed_behind = false;
@@ -254,7 +256,7 @@ class Walk {
       if (demanded) wants_.erase(want);
       if (waited && !demanded) demands_.insert(expert);
       broken_ |= demanded;
-      ASSERT_EQ(scheduler_.failed(landed, part), demanded || spoiled);
+      ASSERT_EQ(scheduler_.failed(landed, part), spoiled);
       return;
     }
     if (slot.withdrawn && !slot.issued && pick(4) != 0) {

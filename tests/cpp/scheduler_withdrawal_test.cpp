@@ -70,7 +70,7 @@ TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_
   ASSERT_EQ(again.size(), 1u);
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
-  EXPECT_FALSE(it.scheduler.failed(it.fills[0].slot, 10));  // not this need's read
+  EXPECT_EQ(it.scheduler.failed(it.fills[0].slot, 10), Spoiled::nothing);  // not this need's read
   EXPECT_EQ(start(it.scheduler).size(), 1u);
   it.scheduler.filled(it.fills[3].slot);  // whole all the same
   EXPECT_EQ(take(it.scheduler), Experts{3});
@@ -157,7 +157,8 @@ TEST(Scheduler, horizon_finishes_what_is_often_used) {
   Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"horizon", "auto"}};
   for (int pass = 0; pass < 40; ++pass) {
     scheduler.need(1, Experts{0});
-    EXPECT_TRUE(scheduler.failed(scheduler.next_fill().value().slot, 0));  // never resident
+    EXPECT_EQ(scheduler.failed(scheduler.next_fill().value().slot, 0),
+              Spoiled::need);  // never resident
     scheduler.abandon_need();
     scheduler.end_iteration();
   }
@@ -172,11 +173,11 @@ TEST(Scheduler, horizon_finishes_what_is_often_used) {
 TEST(Scheduler, a_failed_fill_accounts_for_what_it_moved) {
   Scheduler scheduler = make(2, 4, 4);
   scheduler.need(0, Experts{0});
-  EXPECT_TRUE(scheduler.failed(scheduler.next_fill().value().slot, 700));
+  EXPECT_EQ(scheduler.failed(scheduler.next_fill().value().slot, 700), Spoiled::need);
   scheduler.abandon_need();
   EXPECT_EQ(scheduler.stats()[0].demand_bytes, 700u);
   run(scheduler, 0, all_of(4));
-  EXPECT_FALSE(scheduler.failed(scheduler.next_fill().value().slot, 20));
+  EXPECT_EQ(scheduler.failed(scheduler.next_fill().value().slot, 20), Spoiled::nothing);
   EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 20u);
   EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 0u);
 }

@@ -49,6 +49,7 @@ using cudaEvent_t = struct CUevent_st*;
 #define cudaHostAllocPortable 0x01U
 
 cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -57,8 +58,11 @@ class Caller {
   Caller(const Caller&) = delete;
   Caller& operator=(const Caller&) = delete;
 
-  void forward(Runtime& runtime, const LayerCall& call) {
+  /// `from` is the device that is the thread's current one meanwhile.
+  void forward(Runtime& runtime, const LayerCall& call, int from = 0) {
     Pending& it = *pending_.emplace_back(std::make_unique<Pending>(call));
+    if (stream_.get() == nullptr) route(it);
+    const cuda::CurrentDevice current{from};
     runtime.forward(call.layer, {.tokens = call.tokens,
                                  .k = call.k,
                                  .x = it.x.as<float>(),
@@ -94,9 +98,21 @@ class Caller {
         : x{call.x},
           index{call.index},
           weights{call.weights},
-          out{std::vector<float>(call.x.size(), std::nanf(""))} {}
+          out{std::vector<float>(call.x.size(), std::nanf(""))},
+          choices{call.index.size()} {}
     DeviceArray x, index, weights, out;
+    std::size_t choices;
   };
+  /// The router's work on the default stream: until it has run, the choice is not there.
+  void route(const Pending& it) const {
+    auto* index = it.index.as<std::int64_t>();
+    const std::vector<std::int64_t> chosen{index, index + it.choices};
+    std::fill_n(index, it.choices, 0);
+    cuda::check(
+        fake_cuda::launch(nullptr, {}, [index, chosen] { std::ranges::copy(chosen, index); }),
+        "launch of the router");
+  }
+
   cuda::Stream stream_;
   std::vector<std::unique_ptr<Pending>> pending_;
   std::vector<std::unique_ptr<DeviceArray>> scores_;
@@ -235,6 +251,59 @@ TEST(CudaRuntime, may_be_called_on_streams_by_turns) {
     for (std::size_t i = 0; i < results.size(); ++i) outs[whose[who][i]] = std::move(results[i]);
   }
   expect_same_bits(outs, 52);
+}
+
+TEST(CudaRuntime, computes_on_the_default_stream_of_its_own_device) {
+  const Session session{{.device_count = 2, .max_delay_us = 200}};
+  RuntimeOptions second = cuda_options(6, all_pinned);
+  second.device = "cuda:1";
+  Runtime runtime{store(), second};
+  EXPECT_EQ(runtime.stats().device, "cuda:1");
+  std::vector<std::vector<float>> outs;
+  {
+    const cuda::CurrentDevice current{1};
+    Caller caller{/*own_stream=*/false};
+    const auto calls = conversation(55);
+    for (const LayerCall& call : calls) {
+      // What makes the choice is queued on cuda:1; then the caller's thread is back on cuda:0.
+      caller.forward(runtime, call, 0);
+    }
+    outs = caller.results();
+  }
+  expect_same_bits(outs, 55);
+}
+
+TEST(CudaRuntime, predictions_of_a_request_that_was_given_up_are_dropped) {
+  const Session session;
+  RuntimeOptions some = cuda_options(6);
+  some.policies.prefetch = "sp-moe";
+  Runtime runtime{store(), some};
+  Caller caller;
+  std::atomic<bool> go = false;
+  cuda::check(fake_cuda::launch(caller.stream(), {},
+                                [&] {
+                                  while (!go) std::this_thread::yield();
+                                }),
+              "launch");
+  runtime.begin_request();
+  caller.predict(runtime, 2, std::vector<float>(expert_count, 2.0F));
+  runtime.begin_request();
+  go = true;
+  while (runtime.stats().dropped_predictions == 0) std::this_thread::yield();
+  EXPECT_EQ(total(runtime).predictions, 0u);
+  static_cast<void>(caller.results());
+}
+
+TEST(CudaRuntime, copies_one_by_one_for_a_driver_that_takes_no_batches) {
+  for (const int driver : {12070, 13000}) {
+    const Session session{{.driver_version = driver}};
+    RuntimeOptions whole = cuda_options(6, all_pinned);
+    whole.link.piece_bytes = 2 * slot_bytes;
+    Runtime runtime{store(), whole};
+    Caller caller;
+    expect_same_bits(converse(runtime, caller, conversation(56)), 56);
+    EXPECT_EQ(session.calls("cudaMemcpyBatchAsync") > 0, driver >= 12080);
+  }
 }
 
 TEST(CudaRuntime, a_paced_link_tells_nobody_before_the_bytes_would_be_there) {

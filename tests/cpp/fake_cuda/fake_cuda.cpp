@@ -81,7 +81,7 @@ struct State {
   std::map<const std::byte*, std::size_t> pinned_memory;
   std::set<cudaEvent_t> events;
   std::set<cudaStream_t> streams;  // the default stream is not among them
-  std::unique_ptr<CUstream_st> default_stream;
+  std::map<int, std::unique_ptr<CUstream_st>> default_streams;  // by device
   Clock host;  // what a wait of the host has seen the end of
   std::vector<Access> accesses;
   std::vector<std::string> violations;
@@ -147,11 +147,13 @@ void end(CUstream_st& stream) {
 
 CUstream_st& actual(cudaStream_t stream) {
   if (stream != nullptr) return *stream;
-  if (state->default_stream == nullptr) {
-    state->default_stream = std::make_unique<CUstream_st>();
-    start(*state->default_stream);
+  auto& of_device = state->default_streams[current_device];
+  if (of_device == nullptr) {
+    of_device = std::make_unique<CUstream_st>();
+    of_device->number = -1 - current_device;
+    start(*of_device);
   }
-  return *state->default_stream;
+  return *of_device;
 }
 
 void enqueue(CUstream_st& stream, std::function<void(std::unique_lock<std::mutex>&)> work) {
@@ -253,7 +255,7 @@ Session::Session(const Settings& settings) {
 }
 
 Session::~Session() {
-  if (state->default_stream != nullptr) end(*state->default_stream);
+  for (auto& [device, stream] : state->default_streams) end(*stream);
   EXPECT_EQ(leftovers(), "");
   for (const std::string& violation : state->violations) ADD_FAILURE() << violation;
   delete std::exchange(state, nullptr);
@@ -325,6 +327,12 @@ cudaError_t cudaGetDeviceCount(int* count) {
   SPMOE_FAKE_CALL();
   *count = state->settings.device_count;
   return result(state->settings.device_count_status);
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  SPMOE_FAKE_CALL();
+  *version = state->settings.driver_version;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {

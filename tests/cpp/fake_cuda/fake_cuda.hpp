@@ -16,6 +16,7 @@ namespace spmoe::fake_cuda {
 
 struct Settings {
   int device_count = 1;
+  int driver_version = 13000;
   std::size_t memory_bytes = std::size_t{1} << 30;  ///< of the device
   std::size_t pinned_bytes = std::size_t{1} << 30;  ///< that can be page-locked
   cudaError_t device_count_status = cudaSuccess;    ///< what `cudaGetDeviceCount` says

@@ -11,8 +11,9 @@ namespace {
 /// The host's kernels in the place of CUDA's: run by the consumer's stream, when its turn comes.
 class FakeLayerCompute final : public LayerCompute {
  public:
-  FakeLayerCompute(const BlobFormat& format, ActivationParams activation)
-      : blob_bytes_{format.bytes()},
+  FakeLayerCompute(const BlobFormat& format, ActivationParams activation, int device)
+      : device_{device},
+        blob_bytes_{format.bytes()},
         host_{make_host_layer_compute(format, activation, /*thread_count=*/1)},
         ended_{cuda::make_event(/*blocking=*/true)} {}
   ~FakeLayerCompute() override { static_cast<void>(cudaEventSynchronize(ended_.get())); }
@@ -20,12 +21,14 @@ class FakeLayerCompute final : public LayerCompute {
   std::string_view name() const noexcept override { return "fake"; }
 
   void begin(const LayerArgs& args) override {
+    const cuda::CurrentDevice current{device_};
     stream_ = reinterpret_cast<cudaStream_t>(args.consumer);
     SPMOE_CUDA_TRY(cudaStreamWaitEvent(stream_, ended_.get(), 0));
     launch({}, [this, args] { host_->begin(args); });
   }
 
   void run(std::span<const ExpertTask> tasks) override {
+    const cuda::CurrentDevice current{device_};
     struct OwnTask {
       const std::byte* blob;
       std::vector<std::uint32_t> token_rows, out_rows;
@@ -46,6 +49,7 @@ class FakeLayerCompute final : public LayerCompute {
   }
 
   void end() override {
+    const cuda::CurrentDevice current{device_};
     launch({}, [this] { host_->end(); });
     SPMOE_CUDA_TRY(cudaEventRecord(ended_.get(), stream_));
   }
@@ -56,6 +60,7 @@ class FakeLayerCompute final : public LayerCompute {
                 "launch of an expert kernel");
   }
 
+  const int device_;
   const std::size_t blob_bytes_;
   const std::unique_ptr<LayerCompute> host_;
   cuda::Event ended_;
@@ -65,8 +70,8 @@ class FakeLayerCompute final : public LayerCompute {
 }  // namespace
 
 std::unique_ptr<LayerCompute> make_cuda_layer_compute(const BlobFormat& format,
-                                                      ActivationParams activation, int) {
-  return std::make_unique<FakeLayerCompute>(format, activation);
+                                                      ActivationParams activation, int index) {
+  return std::make_unique<FakeLayerCompute>(format, activation, index);
 }
 
 }  // namespace spmoe
