@@ -74,14 +74,24 @@ def load(
     costs = layer_map = None
     if policy in PLANNED or (draft_length == "auto" and draft is not None):
         fingerprint = Fingerprint.of(
-            target, draft, dtype=chosen, device=device, link_gbps=link_gbps
+            target,
+            draft,
+            dtype=chosen,
+            device=device,
+            pinned_memory=pinned_memory,
+            link_gbps=link_gbps,
         )
         layer_map = known_layer_map(fingerprint)
         costs = known_costs(fingerprint)
         if costs is None:
             report("estimating costs", steps - 2, steps)
             costs = estimate(
-                loaded, drafter, expert_memory=expert_memory, device=device, link_gbps=link_gbps
+                loaded,
+                drafter,
+                expert_memory=expert_memory,
+                device=device,
+                pinned_memory=pinned_memory,
+                link_gbps=link_gbps,
             )
     report("allocating expert memory", steps - 1, steps)
     runtime = loaded.open_runtime(

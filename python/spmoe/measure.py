@@ -31,7 +31,7 @@ from spmoe.predictor import draft_mismatch
 from spmoe.profile import Fingerprint, Profile
 from spmoe.progress import Progress, silent
 from spmoe.prompts import load_prompts
-from spmoe.runtime import Runtime
+from spmoe.runtime import Runtime, pinned_budget
 
 ROWS = (1, 2, 3, 5, 9, 17)  # of a verification
 BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once
@@ -48,6 +48,7 @@ def make_profile(
     expert_memory: int | str = "50%",
     dtype: torch.dtype | str | None = None,
     device: str = "auto",
+    pinned_memory: int | str = "auto",
     link_gbps: float = 0.0,
     repeats: int = 7,
     progress: Progress | None = None,
@@ -70,16 +71,26 @@ def make_profile(
         expert_memory=expert_memory,
         repeats=repeats,
         device=device,
+        pinned_memory=pinned_memory,
         link_gbps=link_gbps,
         progress=progress,
     )
     layer_map = None
     if drafter is not None and draft_mismatch(loaded, drafter):
-        with loaded.open_runtime(expert_memory=expert_memory, device=device) as runtime:
+        with loaded.open_runtime(
+            expert_memory=expert_memory, device=device, pinned_memory=0
+        ) as runtime:
             attach(loaded, runtime)
             documents = tokenize_calibration(tokenizer)
             layer_map = layer_maps.fit(loaded, drafter, documents, progress=progress)
-    fingerprint = Fingerprint.of(target, draft, dtype=chosen, device=device, link_gbps=link_gbps)
+    fingerprint = Fingerprint.of(
+        target,
+        draft,
+        dtype=chosen,
+        device=device,
+        pinned_memory=pinned_memory,
+        link_gbps=link_gbps,
+    )
     return Profile(costs, spread, fingerprint, layer_map)
 
 
@@ -114,6 +125,8 @@ def measure(
     repeats: int = 7,
     rows: Sequence[int] = ROWS,
     batches: Sequence[int] = BATCHES,
+    device: str = "host",
+    pinned_memory: int | str = "auto",
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Costs, dict[str, float]]:
@@ -128,15 +141,29 @@ def measure(
         repeats: Samples of each cost.
         rows: Of a verification; none: a layer is taken to cost what one of the draft does.
         batches: Experts that a layer demands at once.
+        device: As for `Runtime`.
+        pinned_memory: As for `Runtime`. Only what the link is measured with is held so: experts
+            from where they will come from, in part if only a part will.
         progress: Called after each round, with a description, and done of total.
-        **options: Of `Runtime`: device, pacing.
+        **options: Of `Runtime`: pacing.
 
     Returns:
         The costs, and the spread of each.
     """
     report = progress or silent
     with ExitStack() as pools:
-        small = pools.enter_context(_small_pool(target, expert_memory, **options))
+        budget = pinned_budget(pinned_memory, target.store.total_bytes, resolve_device(device))
+        share = budget / target.store.total_bytes
+        toured = max(batches) * target.store.layer_count * target.store.blob_bytes
+        small = pools.enter_context(
+            _small_pool(
+                target,
+                expert_memory,
+                device=device,
+                pinned_memory=int(min(share, 1.0) * min(toured, target.store.total_bytes)),
+                **options,
+            )
+        )
         samplers: dict[tuple[str, int], Iterator[float]] = {}
         work = _read_head(target)
         if draft is not None:
@@ -144,7 +171,9 @@ def measure(
             samplers["draft_token_s", 0] = probe.draft_tokens(draft, tokens)
             work = partial(next, probe.draft_steps(draft, tokens))
         if rows:
-            runtime = target.open_runtime(expert_memory=expert_memory, **options)
+            runtime = target.open_runtime(
+                expert_memory=expert_memory, device=device, pinned_memory=0, **options
+            )
             attach(target, pools.enter_context(runtime))
         for at in rows:
             samplers["layer_s", at] = probe.target_layers(target, runtime, tokens, at)

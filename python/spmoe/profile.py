@@ -35,7 +35,7 @@ class Fingerprint:
     Attributes:
         pair: Digest of the configurations and sizes of target and draft.
         machine: Processor, cores, versions.
-        settings: What of the settings changes costs: dtype, device, pacing.
+        settings: What of the settings changes costs: dtype, device, pinned memory, pacing.
     """
 
     pair: str
@@ -51,6 +51,7 @@ class Fingerprint:
         dtype: torch.dtype,
         device: str,
         link_gbps: float,
+        pinned_memory: int | str = "auto",
     ) -> Self:
         """Return the fingerprint of a pair, on this machine, with these settings."""
         models = [_describe(model) for model in (target, draft) if model is not None]
@@ -64,7 +65,12 @@ class Fingerprint:
                 "torch": torch.__version__,
                 "spmoe": version("spmoe"),
             },
-            settings={"dtype": str(dtype), "device": device, "link_gbps": link_gbps},
+            settings={
+                "dtype": str(dtype),
+                "device": device,
+                "pinned_memory": pinned_memory,
+                "link_gbps": link_gbps,
+            },
         )
 
     @property

@@ -52,6 +52,22 @@ def open_store(
     return _core.ExpertStore([fspath(file) for file in files], list(layers), interleaved)
 
 
+def pinned_budget(pinned_memory: int | str, total_bytes: int, device: torch.device) -> int:
+    """Return how many bytes of experts may be held in page-locked memory.
+
+    Args:
+        pinned_memory: As for `Runtime`.
+        total_bytes: All experts of the model.
+        device: That copies from it.
+    """
+    if pinned_memory != "auto":
+        return parse_pinned_memory(pinned_memory, total_bytes)
+    if device.type == "cpu":
+        return 0
+    usable = read_memory().usable_bytes
+    return total_bytes if usable is None else min(total_bytes, int(usable * _PINNED_SHARE))
+
+
 class Runtime(Closeable):
     """Routed experts in a fixed amount of memory, fetched from their store when needed.
 
@@ -124,7 +140,7 @@ class Runtime(Closeable):
             eviction=eviction,
             trace_spans=trace_spans,
             device=native_name(self.device),
-            pinned_memory_bytes=self._pinned_bytes(pinned_memory),
+            pinned_memory_bytes=pinned_budget(pinned_memory, store.total_bytes, self.device),
             pinned_progress=_in_megabytes(progress or silent),
         )
 
@@ -139,15 +155,6 @@ class Runtime(Closeable):
                 format_bytes(pinned),
                 format_bytes(self.store.total_bytes),
             )
-
-    def _pinned_bytes(self, pinned_memory: int | str) -> int:
-        total = self.store.total_bytes
-        if pinned_memory != "auto":
-            return parse_pinned_memory(pinned_memory, total)
-        if self.device.type == "cpu":
-            return 0
-        usable = read_memory().usable_bytes
-        return total if usable is None else int(usable * _PINNED_SHARE)
 
     def _consumer(self) -> int:
         """Return the stream that torch works on now, 0 on the host."""

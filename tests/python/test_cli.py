@@ -88,7 +88,7 @@ def test_quiet_prints_the_text_alone(run, model) -> None:
 
 
 def test_json_is_one_object_with_the_agreed_keys(run, model) -> None:
-    found = run("generate", *model, "-p", "Hello", "-n", 8, "--json")
+    found = run("generate", *model, "-p", "Hello", "-n", 8, "--json", "--draft-length", 4)
     figures = json.loads(found.out)
     assert figures.keys() >= GENERATE_KEYS
     assert (figures["prompt_tokens"], figures["new_tokens"]) == (5, 8)

@@ -16,6 +16,7 @@ from spmoe.cli.options import (
     option,
     output_options,
     pair_options,
+    pinned_option,
     progress_bar,
 )
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.command()
 @pair_options
 @device_option
+@pinned_option
 @link_option
 @output_options
 @option(
@@ -51,6 +53,7 @@ def profile(**flags: Any) -> None:
             expert_memory=flags["expert_memory"],
             dtype=flags["dtype"],
             device=flags["device"],
+            pinned_memory=flags["pinned_memory"],
             link_gbps=flags["link_gbps"],
             repeats=flags["repeats"],
             progress=progress,
