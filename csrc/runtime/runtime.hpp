@@ -121,6 +121,9 @@ class Runtime {
   void close();
 
  private:
+  /// Prefetches on the link at a time: one that moves and one behind it, so that it never idles.
+  static constexpr std::size_t prefetch_window = 2;
+
   void require_open(std::uint16_t layer) const;
   [[nodiscard]] const ExpertStore& blobs() const;
   void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
