@@ -49,15 +49,15 @@ Activation parse_activation(std::string_view name) {
 
 py::dict to_dict(const LayerStats& stats) {
   using namespace py::literals;
-  return py::dict(
-      "hits"_a = stats.hits, "late"_a = stats.late, "misses"_a = stats.misses,
-      "repeated"_a = stats.repeated,
-      "demand_bytes"_a = stats.demand_bytes, "prefetch_used_bytes"_a = stats.prefetch_used_bytes,
-      "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
-      "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,
-      "cancelled_bytes"_a = stats.cancelled_bytes, "predicted_needs"_a = stats.predicted_needs,
-      "recalled"_a = stats.recalled, "recalled_2k"_a = stats.recalled_2k,
-      "critical"_a = stats.critical, "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
+  return py::dict("hits"_a = stats.hits, "late"_a = stats.late, "misses"_a = stats.misses,
+                  "repeated"_a = stats.repeated, "demand_bytes"_a = stats.demand_bytes,
+                  "prefetch_used_bytes"_a = stats.prefetch_used_bytes,
+                  "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
+                  "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,
+                  "cancelled_bytes"_a = stats.cancelled_bytes,
+                  "predicted_needs"_a = stats.predicted_needs, "recalled"_a = stats.recalled,
+                  "recalled_2k"_a = stats.recalled_2k, "critical"_a = stats.critical,
+                  "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
 }
 
 py::dict to_dict(const RuntimeStats& stats, bool by_layer) {
@@ -122,8 +122,8 @@ void bind_runtime(py::module_& m) {
                        std::uint32_t experts_per_token, std::string_view activation, float alpha,
                        float limit, unsigned compute_threads, unsigned copy_threads,
                        double link_gbps, std::string isa, std::string policy, std::string eviction,
-                       std::size_t trace_spans, std::string device, std::uint64_t pinned_memory_bytes,
-                       FillProgress pinned_progress) {
+                       std::size_t trace_spans, std::string device,
+                       std::uint64_t pinned_memory_bytes, FillProgress pinned_progress) {
              RuntimeOptions options;
              options.expert_memory_bytes = expert_memory_bytes;
              options.experts_per_token = experts_per_token;
@@ -167,7 +167,8 @@ void bind_runtime(py::module_& m) {
           py::arg("layer"), py::arg("tokens"), py::arg("k"), py::arg("x"), py::arg("x_dtype"),
           py::arg("top_k_index"), py::arg("top_k_weights"), py::arg("weights_dtype"),
           py::arg("out"), py::arg("consumer") = 0U,
-          "One MoE layer over contiguous tensors, given by their addresses, on the stream consumer.")
+          "One MoE layer over contiguous tensors, given by their addresses, on the stream "
+          "consumer.")
       .def(
           "predict",
           [](Runtime& runtime, std::uint16_t layer, const Scores& scores, std::string_view source) {

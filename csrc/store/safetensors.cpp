@@ -45,7 +45,7 @@ FileHandle open_for_reading(const std::string& file) {
 }
 
 std::uint64_t measure(const FileHandle& handle, const std::string& file) {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(handle.get(), &status) != 0) refuse_access(file, "examine", errno);
   if (!S_ISREG(status.st_mode)) {
     throw CheckpointError{file + " is not a file; pass the paths of the checkpoint's shards"};

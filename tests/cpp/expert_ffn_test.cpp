@@ -266,9 +266,7 @@ TEST(HostExpertFfn, refuses_a_task_whose_row_lists_differ) {
   const std::vector<float> x(24, 1.0F);
   std::vector<float> out(24, 5.0F);
   const ExpertTask task{expert.blob(), rows, {rows.data(), 2}};
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              ffn->run({&task, 1}, x.data(), out.data());
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { ffn->run({&task, 1}, x.data(), out.data()); }),
             "task 0 reads 3 rows but writes 2; give one output row per token row");
   EXPECT_EQ(out, std::vector<float>(24, 5.0F));
 }

@@ -464,11 +464,9 @@ TEST_F(ExpertStoreTest, a_tensor_in_two_shards_is_refused) {
   const Checkpoint checkpoint = small_checkpoint();
   const auto first = directory.write("first", safetensors(checkpoint.tensors));
   const auto second = directory.write("second", safetensors({checkpoint.tensors[4]}));
-  EXPECT_TRUE(contains(message_of<CheckpointError>([&] {
-                         return ExpertStore::open({first, second});
-                       }),
-                       "experts.1.up_proj.weight in first and",
-                       "experts.1.up_proj.weight in second"));
+  EXPECT_TRUE(
+      contains(message_of<CheckpointError>([&] { return ExpertStore::open({first, second}); }),
+               "experts.1.up_proj.weight in first and", "experts.1.up_proj.weight in second"));
 }
 
 TEST_F(ExpertStoreTest, a_wanted_layer_without_experts_is_named) {

@@ -80,9 +80,7 @@ TEST(RoutingTrace, starts_again_when_it_is_rewound) {
 
 TEST(RoutingTrace, an_expert_that_the_model_has_not_got_is_refused_unchanged) {
   RoutingTrace trace{2, 4};
-  EXPECT_EQ(message_of<InvalidArgument>([&] {
-              trace.append(0, Experts{1, 4});
-            }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { trace.append(0, Experts{1, 4}); }),
             "the trace names expert 4 of layer 0, but there are 2 layers of 4 experts");
   EXPECT_EQ(message_of<InvalidArgument>([&] { trace.append(2, Experts{1}); }),
             "the trace names expert 1 of layer 2, but there are 2 layers of 4 experts");
