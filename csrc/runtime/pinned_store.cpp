@@ -53,7 +53,7 @@ std::span<const Extent> PinnedStore::extents(ExpertId expert) const {
 
 void PinnedStore::allocate(Device& device, std::uint64_t budget_bytes) {
   const std::size_t all = std::size_t{layer_count()} * expert_count();
-  std::size_t wanted = std::min<std::size_t>(all, budget_bytes / stride_);
+  std::size_t wanted = std::min<std::size_t>(all, budget_bytes / format().bytes());
   std::size_t chunk = std::max<std::size_t>(most_chunk_bytes / stride_, 1);
   bool refused = false;
   while (wanted > 0 && chunk > 0) {

@@ -126,6 +126,7 @@ class Runtime(Closeable):
         self.policy = policy
         self.trace_spans = trace_spans
         self.expert_memory_bytes = parse_memory(expert_memory, store.total_bytes)
+        budget = pinned_budget(pinned_memory, store.total_bytes, self.device)
         self._native = _core.Runtime(
             store,
             self.expert_memory_bytes,
@@ -140,15 +141,16 @@ class Runtime(Closeable):
             eviction=eviction,
             trace_spans=trace_spans,
             device=native_name(self.device),
-            pinned_memory_bytes=pinned_budget(pinned_memory, store.total_bytes, self.device),
+            pinned_memory_bytes=budget,
             pinned_progress=_in_megabytes(progress or silent),
         )
-
         if self.device.type != "cpu":
-            self._warn_of_unpinned(self._native.stats(False)["pinned_bytes"])
+            self._warn_of_unpinned(store.total_bytes if pinned_memory == "auto" else budget)
 
-    def _warn_of_unpinned(self, pinned: int) -> None:
-        if pinned < self.store.total_bytes:
+    def _warn_of_unpinned(self, wanted: int) -> None:
+        """Say once that not all experts are in page-locked memory that were meant to be."""
+        pinned = self._native.stats(False)["pinned_bytes"]
+        if pinned + self.store.blob_bytes <= wanted:
             log.warning(
                 "%s of %s of experts are in page-locked memory; the others come from the "
                 "checkpoint's files, which is slower: raise pinned_memory if RAM allows",

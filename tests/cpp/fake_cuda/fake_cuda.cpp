@@ -272,6 +272,18 @@ void Session::forget(Wait wait, std::function<bool(cudaStream_t)> which) {
   state->forgotten[wait] = std::move(which);
 }
 
+void Session::remember() {
+  std::unique_lock lock{state->mutex};
+  state->forgotten.clear();
+  const auto idle = [](const CUstream_st& stream) { return stream.work.empty() && !stream.busy; };
+  state->changed.wait(lock, [&] {
+    return std::ranges::all_of(state->streams,
+                               [&](cudaStream_t stream) { return idle(*stream); }) &&
+           std::ranges::all_of(state->default_streams,
+                               [&](const auto& of_device) { return idle(*of_device.second); });
+  });
+}
+
 void Session::fail_copy_on_its_way(std::uint64_t nth) {
   const std::scoped_lock lock{state->mutex};
   state->failing_copy = state->copies + nth;

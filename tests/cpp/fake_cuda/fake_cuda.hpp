@@ -42,6 +42,10 @@ class Session {
   /// event, or the host for an event recorded there.
   void forget(Wait wait, std::function<bool(cudaStream_t)> which);
 
+  /// Nothing is forgotten any more, and all that was queued has run: before memory goes that a
+  /// forgotten wait would have kept.
+  void remember();
+
   /// The n-th copy to the device from now on is accepted, and fails on its way.
   void fail_copy_on_its_way(std::uint64_t nth);
 
