@@ -27,6 +27,7 @@ def run(script: str, *arguments: object) -> str:
 
 
 STATES = ["residual", "mlp-input", "attention"]
+STATES += [f"residual, {share}% exchanged" for share in (25, 50, 75, 100)]
 
 
 @pytest.mark.parametrize(
