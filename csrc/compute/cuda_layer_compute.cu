@@ -124,13 +124,7 @@ class CudaLayerCompute final : public LayerCompute {
 std::unique_ptr<LayerCompute> make_cuda_layer_compute(const BlobFormat& format,
                                                       ActivationParams activation,
                                                       int device_index) {
-  const CudaStatus status = cuda_status();
-  if (device_index < 0 || device_index >= status.device_count) {
-    throw DeviceError{status.device_count == 0
-                          ? status.reason
-                          : "cuda:" + std::to_string(device_index) + " asked, but there are " +
-                                std::to_string(status.device_count) + " CUDA devices, from cuda:0"};
-  }
+  require_cuda_device(device_index);
   return std::make_unique<CudaLayerCompute>(format, activation, device_index);
 }
 

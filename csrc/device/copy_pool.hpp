@@ -101,4 +101,24 @@ class CopyPool {
   std::vector<std::thread> threads_;
 };
 
+/// A stream whose batches go through a pool, which must outlive it.
+class PoolStream final : public Stream {
+ public:
+  PoolStream(CopyPool& pool, StreamPriority priority) : pool_{pool}, channel_{pool, priority} {}
+
+  Fence submit(std::span<const CopyBatch> batches) override {
+    return pool_.submit(channel_, batches);
+  }
+  void withdraw(Fence fence) override { pool_.withdraw(channel_, fence); }
+  void promote(Fence fence) override { pool_.promote(channel_, fence); }
+  BatchNotice next_notice() override { return pool_.next_notice(channel_); }
+  void make_consumer_wait(std::uintptr_t consumer, Fence fence) override {
+    pool_.make_consumer_wait(channel_, consumer, fence);
+  }
+
+ private:
+  CopyPool& pool_;
+  CopyPool::Channel channel_;
+};
+
 }  // namespace spmoe

@@ -17,25 +17,6 @@ namespace {
 // A copy of this size hides what it costs to hand it over, and is short beside a layer.
 constexpr std::uint64_t cuda_piece_bytes = std::uint64_t{16} << 20;
 
-class CudaStream final : public Stream {
- public:
-  CudaStream(CopyPool& pool, StreamPriority priority) : pool_{pool}, channel_{pool, priority} {}
-
-  Fence submit(std::span<const CopyBatch> batches) override {
-    return pool_.submit(channel_, batches);
-  }
-  void withdraw(Fence fence) override { pool_.withdraw(channel_, fence); }
-  void promote(Fence fence) override { pool_.promote(channel_, fence); }
-  BatchNotice next_notice() override { return pool_.next_notice(channel_); }
-  void make_consumer_wait(std::uintptr_t consumer, Fence fence) override {
-    pool_.make_consumer_wait(channel_, consumer, fence);
-  }
-
- private:
-  CopyPool& pool_;
-  CopyPool::Channel channel_;
-};
-
 cudaStream_t as_stream(std::uintptr_t consumer) { return reinterpret_cast<cudaStream_t>(consumer); }
 
 class CudaDevice final : public Device {
@@ -87,7 +68,7 @@ class CudaDevice final : public Device {
   }
 
   std::unique_ptr<Stream> make_stream(StreamPriority priority) override {
-    return std::make_unique<CudaStream>(pool_, priority);
+    return std::make_unique<PoolStream>(pool_, priority);
   }
 
   Mark mark(std::uintptr_t consumer) override {
@@ -135,15 +116,18 @@ CudaStatus cuda_status() {
   return {0, "CUDA " + version + " does not start: " + cuda::describe(status)};
 }
 
+void require_cuda_device(int index) {
+  const CudaStatus status = cuda_status();
+  if (index >= 0 && index < status.device_count) return;
+  throw DeviceError{status.device_count == 0
+                        ? status.reason
+                        : "cuda:" + std::to_string(index) + " asked, but there are " +
+                              std::to_string(status.device_count) + " CUDA devices, from cuda:0"};
+}
+
 std::unique_ptr<Device> make_cuda_device(int index, const DeviceOptions& options) {
   check(options);
-  const CudaStatus status = cuda_status();
-  if (index >= status.device_count) {
-    throw DeviceError{status.device_count == 0
-                          ? status.reason
-                          : "cuda:" + std::to_string(index) + " asked, but there are " +
-                                std::to_string(status.device_count) + " CUDA devices, from cuda:0"};
-  }
+  require_cuda_device(index);
   DeviceOptions chosen = options;
   if (chosen.piece_bytes == 0) chosen.piece_bytes = cuda_piece_bytes;
   return std::make_unique<CudaDevice>(index, chosen);

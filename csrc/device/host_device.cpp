@@ -41,23 +41,6 @@ class HostMovers final : public PieceMovers {
   const std::uint64_t piece_bytes_;
 };
 
-class HostStream final : public Stream {
- public:
-  HostStream(CopyPool& pool, StreamPriority priority) : pool_{pool}, channel_{pool, priority} {}
-
-  Fence submit(std::span<const CopyBatch> batches) override {
-    return pool_.submit(channel_, batches);
-  }
-  void withdraw(Fence fence) override { pool_.withdraw(channel_, fence); }
-  void promote(Fence fence) override { pool_.promote(channel_, fence); }
-  BatchNotice next_notice() override { return pool_.next_notice(channel_); }
-  void make_consumer_wait(std::uintptr_t, Fence) override {}  // nothing is issued before it landed
-
- private:
-  CopyPool& pool_;
-  CopyPool::Channel channel_;
-};
-
 class HostDevice final : public Device {
  public:
   explicit HostDevice(const DeviceOptions& options)
@@ -85,7 +68,7 @@ class HostDevice final : public Device {
   }
 
   std::unique_ptr<Stream> make_stream(StreamPriority priority) override {
-    return std::make_unique<HostStream>(pool_, priority);
+    return std::make_unique<PoolStream>(pool_, priority);
   }
   Mark mark(std::uintptr_t) override { return 0; }
   Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t,

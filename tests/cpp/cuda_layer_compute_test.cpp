@@ -12,20 +12,11 @@
 
 #include "device/buffer.hpp"
 #include "device/cuda_device.hpp"
+#include "expert_layouts.hpp"
 #include "random_expert.hpp"
 
 namespace spmoe {
 namespace {
-
-struct Layout {
-  const char* name;
-  bool transposed, interleaved, has_bias;
-};
-constexpr Layout layouts[] = {{"plain", false, false, false},
-                              {"plain_interleaved_bias", false, true, true},
-                              {"transposed", true, false, true},
-                              {"gpt_oss", true, true, true}};
-constexpr DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
 
 /// How far results may lie apart that only sums, and then perhaps the last rounding, tell apart.
 float rounding_of(DType dtype) {

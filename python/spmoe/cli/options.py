@@ -46,38 +46,22 @@ def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add where to compute."""
-    device = option(
-        "--device",
-        default="auto",
-        help="host, cuda, cuda:<index>; auto: CUDA where it works.",
-    )
-    placed: Callable[..., Any] = device(command)
-    return placed
-
-
-def pinned_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add how many experts wait in page-locked memory."""
-    pinned = option(
-        "--pinned-memory",
-        default="auto",
-        help="Experts in page-locked RAM: 0, a share, a size; auto: what fits, for CUDA.",
-    )
-    held: Callable[..., Any] = pinned(command)
-    return held
-
-
-def link_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the pacing of the link."""
-    pace = option(
-        "--link-gbps",
-        type=click.FloatRange(min=0),
-        default=0.0,
-        help="Pace the link to so many 10^9 bytes a second.",
-    )
-    paced: Callable[..., Any] = pace(command)
-    return paced
+device_option = option(
+    "--device",
+    default="auto",
+    help="host, cuda, cuda:<index>; auto: CUDA where it works.",
+)
+pinned_option = option(
+    "--pinned-memory",
+    default="auto",
+    help="Experts in page-locked RAM: 0, a share, a size; auto: what fits, for CUDA.",
+)
+link_option = option(
+    "--link-gbps",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Pace the link to so many 10^9 bytes a second.",
+)
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,21 +14,13 @@
 #include <vector>
 
 #include "base/error.hpp"
+#include "expert_layouts.hpp"
 #include "message_of.hpp"
 #include "random_expert.hpp"
 
 namespace spmoe {
 namespace {
 
-struct Layout {
-  const char* name;
-  bool transposed, interleaved, has_bias;
-};
-constexpr Layout layouts[] = {{"plain", false, false, false},
-                              {"plain_interleaved_bias", false, true, true},
-                              {"transposed", true, false, true},
-                              {"gpt_oss", true, true, true}};
-constexpr DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
 constexpr Activation activations[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh,
                                       Activation::clamped_swiglu};
 
