@@ -8,6 +8,7 @@ Source: SP-MoE, arXiv:2510.10302, section 3.2; the deadlines and budgets of `hor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from spmoe.costs import Costs
@@ -50,49 +51,88 @@ def byte_budget(due: Sequence[float], costs: Costs) -> list[int]:
     return [int(time / copy_s * costs.expert_bytes) for time in due]
 
 
-def cutoff_layer(
-    due: Sequence[float], wanted: Sequence[float], costs: Costs, *, free_bytes: int
-) -> int:
-    """Return how many leading layers to prefetch for: the paper's cutoff layer L.
+def waits_s(
+    due: Sequence[float],
+    wanted: Sequence[float],
+    costs: Costs,
+    *,
+    free_bytes: int,
+    recall: float = 1.0,
+    predicted: float = 1.0,
+) -> list[float]:
+    """Return how long verification waits for the link, by the layers that are prefetched for.
 
-    The largest ``L`` whose every layer's predicted experts arrive before verification reaches it,
-    link served in order. A layer's experts need room from when their copies begin until it has
-    run: where memory is full, the link waits for the oldest layer that is held to run.
-
-    With equal layers whose compute takes no time it is the paper's
-    ``L * k * copy_s <= T_draft`` and ``L * k * bytes <= free``.
+    It demands what it lacks of the other layers, and what nobody foresaw of these, each when the
+    layer's router has chosen. Prefetches are served in order, wrong ones among them, while the
+    draft and the layers before compute. A layer's experts need room from when their copies begin
+    until it has run: where memory is full, the link waits for the oldest layer that is held to run.
 
     Args:
         due: From `deadlines`, one for each layer.
-        wanted: Critical experts of each layer that are expected to need a fill.
+        wanted: Experts of each layer that are expected to need a fill.
         costs: Of this machine.
         free_bytes: Device memory for prefetched experts.
+        recall: Share of the needed experts that are predicted.
+        predicted: Experts that are predicted, right or wrong, for each that is needed.
 
     Returns:
-        A count in ``[0, len(due)]``; 0 means that prefetching cannot pay.
+        Seconds with no layer prefetched for, with the first, with the first two and so on, as far
+        as memory holds a layer's fills.
 
     Raises:
-        ValueError: The lists differ in length, or a count is negative or NaN.
+        ValueError: The lists differ in length, or a count or share is not one.
     """
     if len(due) != len(wanted) or not all(count >= 0 for count in wanted) or free_bytes < 0:
         raise ValueError(
             f"need as many deadlines as non-negative counts, got {len(due)} and {list(wanted)}, "
             f"and memory that is not negative, got {free_bytes}"
         )
+    if not (0 <= recall <= min(1, predicted) and math.isfinite(predicted)):
+        raise ValueError(
+            f"need a recall in [0, 1] of no more than is predicted, got {recall} of {predicted}"
+        )
     copy_s = costs.expert_copy_s()
     room = free_bytes / costs.expert_bytes  # experts
-    arrival_s = held = 0.0
+    fills = [count * predicted for count in wanted]
+    reached: list[float] = []  # when verification gets to each layer, its waits included
+    waited_s = link_free_s = held = 0.0
+    demands_s = sum(wanted) * copy_s  # of the layers from here on
+    waits = [demands_s]
     oldest = 0
     for layer, count in enumerate(wanted):
-        while held + count > room and oldest < layer:
-            held -= wanted[oldest]
+        reached.append(due[layer] + waited_s)
+        while held + fills[layer] > room and oldest < layer:
+            held -= fills[oldest]
             oldest += 1
-            arrival_s = max(arrival_s, due[oldest])  # when the layer before it has run
-        held += count
-        arrival_s += count * copy_s
-        if held > room or arrival_s > due[layer]:
-            return layer
-    return len(due)
+            link_free_s = max(link_free_s, reached[oldest])  # when the layer before it has run
+        if held + fills[layer] > room:
+            break
+        held += fills[layer]
+        link_free_s += fills[layer] * copy_s
+        missed_s = count * (1 - recall) * copy_s
+        waited_s += max(0.0, link_free_s - reached[layer]) + missed_s
+        link_free_s += missed_s  # demands go ahead
+        demands_s -= count * copy_s
+        waits.append(waited_s + demands_s)
+    return waits
+
+
+def cutoff_layer(waits: Sequence[float]) -> int:
+    """Return how many leading layers to prefetch for: the cutoff layer L.
+
+    The one with which verification waits least; of equals the shallowest, since a prefetch that
+    saves nothing may be wrong. 0 means that prefetching cannot pay.
+
+    The paper admits what arrives in time, ``L * k * copy_s <= T_draft``, and fits,
+    ``L * k * bytes <= free``. With equal layers whose compute takes no time, and predictions that
+    are right, this is the same, and a layer more if the link is amid its experts when verification
+    begins. Where compute takes time, a prefetch that comes late still has a start over a demand.
+
+    Args:
+        waits: From `waits_s`.
+    """
+    tolerance = 1e-9 * waits[0]  # sums of seconds round
+    return next(layer for layer, wait_s in enumerate(waits) if wait_s <= min(waits) + tolerance)
 
 
 def break_even(*, prefetch_s: float, wait_s: float) -> float:

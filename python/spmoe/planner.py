@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from spmoe.costs import Costs
-from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines
+from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
 from spmoe.draft_length import Measured, step_s
 
 PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
@@ -14,7 +14,7 @@ PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
 # Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
 COUNTERS = (
     *("link_bytes", "stall_s", "hits", "misses", "late", "repeated"),
-    *("predicted_needs", "recalled"),
+    *("predicted_needs", "recalled", "critical"),
 )
 
 # A demand may wait for less than its copy takes, since it lands while others are computed. Where a
@@ -86,6 +86,7 @@ class Planner:
         self._pool = float(shape.experts)  # as if tokens drew their experts from so few
         self._last_rows = 0
         self._recall: dict[bool, float] = {}  # by whether the draft read its last token
+        self._predicted = 1.0  # experts, right or wrong, for each that is needed
         self._measured_rows: set[int] = set()
 
     def limits(self, draft_length: int) -> Limits:
@@ -104,14 +105,16 @@ class Planner:
         pays_from = (
             1.0 if self._on_trial else break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s)
         )
-        depth = cutoff_layer(
+        waits = waits_s(
             due,
             [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
             self.costs,
             free_bytes=self.shape.memory_bytes,
+            recall=min(self._recall.get(read_last, 1.0), self._predicted),
+            predicted=self._predicted,
         )
         return Limits(
-            cutoff_layer=depth if pays_from < 1 else 0,  # no deeper than pays
+            cutoff_layer=cutoff_layer(waits) if pays_from < 1 else 0,  # no deeper than pays
             budget_bytes=byte_budget(due, self.costs),
             break_even=pays_from,
             read_last=read_last,
@@ -147,6 +150,8 @@ class Planner:
         if grown["predicted_needs"]:
             recall = grown["recalled"] / grown["predicted_needs"]
             self._recall[read_last] = _blend(self._recall.get(read_last), recall)
+            predicted = grown["critical"] / grown["predicted_needs"]
+            self._predicted = _blend(self._predicted, predicted)
 
     def verify_s(self, rows: int) -> float:
         """Return how long a verification of ``rows`` tokens is expected to take, seconds.

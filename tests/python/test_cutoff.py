@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from spmoe.costs import Costs, interpolate
-from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines
+from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
 
 MIB = 1 << 20
 
@@ -123,35 +124,74 @@ class TestByteBudget:
 
 
 class TestCutoffLayer:
+    TICK = 2.0**-10  # seconds that an expert takes on the link: sums of it do not round
+
+    def cutoff(self, due: Sequence[float], wanted: Sequence[float], **changed: Any) -> int:
+        """Return the cutoff layer of deadlines in ticks, with room for everything."""
+        seconds = [time * self.TICK for time in due]
+        measured = costs(copy_s={8: 8 * self.TICK})
+        return cutoff_layer(
+            waits_s(seconds, wanted, measured, **({"free_bytes": 1 << 40} | changed))
+        )
+
     @pytest.mark.parametrize(
-        ("due", "wanted", "free_bytes", "expected"),
+        ("due", "wanted", "experts", "expected"),
         [
-            ([0.020] * 26, [2] * 26, 640 * MIB, 10),  # time: 20 ms / (2 * 1 ms)
-            ([0.020] * 26, [2] * 26, 96 * MIB, 3),  # memory: 96 / (2 * 16)
-            ([0.020] * 26, [2] * 26, 0, 0),
-            ([1.0] * 26, [2] * 26, 1 << 40, 26),  # never past the last layer
-            ([0.0] * 4, [1] * 4, 1 << 40, 0),
-            ([0.0] * 4, [0] * 4, 0, 4),  # nothing to fill: nothing to wait for
-            ([0.002, 0.002, 0.010], [2, 1, 1], 1 << 40, 1),  # a later deadline does not help
-            ([0.000, 0.010, 0.010], [0, 5, 6], 1 << 40, 2),
-            ([0.0045], [4.5], 1 << 40, 1),  # expected counts need not be whole
+            ([20] * 26, [2] * 26, 999, 10),  # time: 20 / 2
+            ([20] * 26, [2] * 26, 6, 3),  # memory: 6 / 2
+            ([20] * 26, [2] * 26, 0, 0),
+            ([999] * 26, [2] * 26, 999, 26),  # never past the last layer
+            ([0] * 4, [1] * 4, 999, 0),
+            ([0] * 4, [0] * 4, 0, 0),  # nothing to fill: nothing to prefetch
+            ([21] * 26, [2] * 26, 999, 11),  # one expert of the eleventh has arrived
+            ([2, 2, 10], [2, 1, 1], 999, 3),  # the second gains nothing, the third does
+            ([0, 10, 10], [0, 5, 6], 999, 3),  # the last waits for one of six
+            ([4.5], [4.5], 999, 1),  # expected counts need not be whole
             ([], [], 0, 0),
-            # Room for two layers: the third is begun when the first has run, in time for its own.
-            ([0.010, 0.020, 0.030, 0.040], [2, 2, 2, 2], 64 * MIB, 4),
-            ([0.010, 0.011, 0.012, 0.013], [2, 2, 2, 2], 64 * MIB, 2),
-            ([0.010, 0.020, 0.030], [2, 2, 5], 64 * MIB, 2),  # more than there is room for
+            # Late from the first on, but the link works while a layer computes.
+            ([1, 2, 3, 4], [2, 2, 2, 2], 999, 4),
+            # Room for two layers: the third is begun when the first has run.
+            ([10, 20, 30, 40], [2, 2, 2, 2], 4, 4),
+            ([10, 10, 10, 10], [2, 2, 2, 2], 4, 2),  # no sooner than a demand
+            ([10, 20, 30], [2, 2, 5], 4, 2),  # more than there is room for
         ],
     )
-    def test_it_is_the_tighter_of_time_and_memory(
-        self, due: list[float], wanted: list[float], free_bytes: int, expected: int
+    def test_it_is_as_deep_as_prefetches_are_waited_for_less_than_demands(
+        self, due: list[float], wanted: list[float], experts: int, expected: int
     ) -> None:
-        slightly_later = [time * (1 + 1e-9) for time in due]  # 20 * 0.001 rounds
-        assert cutoff_layer(slightly_later, wanted, costs(), free_bytes=free_bytes) == expected
+        assert self.cutoff(due, wanted, free_bytes=experts * 16 * MIB) == expected
+
+    @pytest.mark.parametrize(
+        ("recall", "predicted", "expected"),
+        [
+            (1.0, 1.0, 26),  # the fifth layer and all after it are late, by a tick each
+            (0.75, 0.75, 26),  # what is missed costs the same as on demand
+            (0.75, 1.125, 26),  # wrong ones take three quarters of a layer's compute
+            (0.75, 1.375, 5),  # more than that: as deep as drafting moves
+            (0.75, 2.0, 3),
+            (0.125, 1.0, 8),  # hardly any is right: while the link has nothing else to do
+            (0.0, 1.0, 0),
+            (0.0, 0.0, 0),
+        ],
+    )
+    def test_wrong_predictions_make_it_shallow(
+        self, recall: float, predicted: float, expected: int
+    ) -> None:
+        due = [9 + layer for layer in range(26)]
+        assert self.cutoff(due, [2] * 26, recall=recall, predicted=predicted) == expected
+
+    def test_over_the_cutoff_waits_are_a_u(self) -> None:
+        """SP-MoE's figure of TPOT over L: deeper saves waits, until wrong ones hold the link up."""
+        due = [(9 + layer) * self.TICK for layer in range(10)]
+        measured = costs(copy_s={8: 8 * self.TICK})
+        found = waits_s(due, [2] * 10, measured, free_bytes=1 << 40, recall=0.75, predicted=1.375)
+        ticks = [wait_s / self.TICK for wait_s in found]
+        assert ticks == [20, 18.5, 17, 15.5, 14, 13.25, 13.5, 13.75, 14, 14.25, 14.5]
 
     def test_a_free_link_needs_room_for_a_layer_alone(self) -> None:
         free_link = costs(copy_s={8: 0.0})
-        assert cutoff_layer([0.0] * 26, [2] * 26, free_link, free_bytes=32 * MIB) == 26
-        assert cutoff_layer([0.0] * 26, [2] * 26, free_link, free_bytes=31 * MIB) == 0
+        assert waits_s([0.0] * 26, [2] * 26, free_link, free_bytes=32 * MIB) == [0.0] * 27
+        assert waits_s([0.0] * 26, [2] * 26, free_link, free_bytes=31 * MIB) == [0.0]
 
     @pytest.mark.parametrize(
         ("due", "wanted", "free_bytes"),
@@ -161,10 +201,21 @@ class TestCutoffLayer:
         self, due: list[float], wanted: list[float], free_bytes: int
     ) -> None:
         with pytest.raises(ValueError, match="as many deadlines as non-negative counts"):
-            cutoff_layer(due, wanted, costs(), free_bytes=free_bytes)
+            waits_s(due, wanted, costs(), free_bytes=free_bytes)
+
+    @pytest.mark.parametrize(
+        ("recall", "predicted"),
+        [(0.9, 0.8), (1.1, 2.0), (-0.1, 1.0), (math.nan, 1.0), (0, math.inf)],
+    )
+    def test_shares_that_cannot_be_are_refused(self, recall: float, predicted: float) -> None:
+        with pytest.raises(ValueError, match=r"a recall in \[0, 1\] of no more than is predicted"):
+            waits_s([0.1], [1], costs(), free_bytes=0, recall=recall, predicted=predicted)
 
     def test_equal_layers_without_compute_give_the_papers_closed_form(self) -> None:
-        """L k copy <= T_draft and L k bytes <= free: SP-MoE, section 3.2."""
+        """L k copy <= T_draft and L k bytes <= free: SP-MoE, section 3.2.
+
+        A layer whose copies have begun when verification begins counts too.
+        """
         for seed in range(200):
             rng = random.Random(seed)
             layers, k, steps = rng.randint(1, 60), rng.randint(1, 8), rng.randint(1, 8)
@@ -173,9 +224,9 @@ class TestCutoffLayer:
             copy_s, draft_s = 2.0 ** -rng.randint(8, 12), rng.randint(1, 64) * 2.0**-10
             measured = costs(draft_s=draft_s, layer_s={1: 0.0}, copy_s={8: 8 * copy_s})
             due = deadlines(measured, draft_steps=steps, rows=steps + 1, layer_count=layers)
-            by_time = math.floor(steps * draft_s / (k * copy_s))
+            by_time = math.ceil(steps * draft_s / (k * copy_s))
             by_memory = free_bytes // (k * 16 * MIB)
-            found = cutoff_layer(due, [k] * layers, measured, free_bytes=free_bytes)
+            found = cutoff_layer(waits_s(due, [k] * layers, measured, free_bytes=free_bytes))
             assert found == min(by_time, by_memory, layers), f"{seed=}"
 
 
@@ -197,10 +248,10 @@ class TestBreakEven:
 
 
 class TestMonotone:
-    """More of what helps never prefetches less."""
+    """More of what helps never waits longer."""
 
     @pytest.mark.parametrize("seed", range(50))
-    def test_the_cutoff_moves_one_way_with_each_cost(self, seed: int) -> None:
+    def test_waits_move_one_way_with_each_cost(self, seed: int) -> None:
         rng = random.Random(seed)
         layers = rng.randint(1, 30)
         wanted = [rng.choice([0, 1, 2, 3.5, 6]) for _ in range(layers)]
@@ -214,7 +265,7 @@ class TestMonotone:
             "expert_bytes": rng.randint(1, 32) * MIB,
         }
 
-        def cutoff(**changed: Any) -> int:
+        def waits(**changed: Any) -> list[float]:
             at = base | changed
             measured = costs(
                 draft_s=at["draft_s"],
@@ -226,14 +277,22 @@ class TestMonotone:
             assert due == sorted(due)
             budget = byte_budget(due, measured)
             assert budget == sorted(budget)
-            return cutoff_layer(due, at["wanted"], measured, free_bytes=at["free_bytes"])
+            found = waits_s(due, at["wanted"], measured, free_bytes=at["free_bytes"])
+            assert 1 <= len(found) <= layers + 1
+            assert found[cutoff_layer(found)] == pytest.approx(min(found))
+            return found
 
-        here = cutoff()
-        assert 0 <= here <= layers
+        def hold(sooner: list[float], later: list[float]) -> bool:
+            deep = min(len(sooner), len(later))
+            return len(sooner) >= len(later) and all(
+                a <= b + 1e-12 for a, b in zip(sooner[:deep], later[:deep], strict=True)
+            )
+
+        here = waits()
         for name in ("draft_steps", "draft_s", "layer_s", "free_bytes"):
-            assert cutoff(**{name: base[name] * 2}) >= here, (seed, name)
+            assert hold(waits(**{name: base[name] * 2}), here), (seed, name)
         for name in ("copy_s", "expert_bytes"):
-            assert cutoff(**{name: base[name] * 2}) <= here, (seed, name)
+            assert hold(here, waits(**{name: base[name] * 2})), (seed, name)
         more = list(wanted)
         more[rng.randrange(layers)] += 1
-        assert cutoff(wanted=more) <= here, (seed, more)
+        assert hold(here, waits(wanted=more)), (seed, more)

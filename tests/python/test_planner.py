@@ -44,6 +44,7 @@ def grown(
     waits: int = 0,
     needs: int = 0,
     recalled: int = 0,
+    critical: int | None = None,  # those that came true, unless said
     needed: float = 61.0,  # of 8 experts five tokens use 6.1, were routing uniform
     repeated: float = 0.0,
 ) -> dict:
@@ -56,6 +57,7 @@ def grown(
         "stall_s": stall_s,
         "predicted_needs": needs,
         "recalled": recalled,
+        "critical": recalled if critical is None else critical,
     }
 
 
