@@ -6,7 +6,11 @@ namespace spmoe {
 namespace {
 
 // Fills that a swap must save on average to be worth its own.
-constexpr float swap_gain = 0.1F;
+constexpr float swap_gain = 0.2F;
+
+// A resident expert stays until its layer has run if it is likelier used than not. Others compete
+// by their value: were they all to stay, the link would idle while the draft writes.
+constexpr float kept_probability = 0.5F;
 
 class Horizon final : public PrefetchPolicy {
  public:
@@ -70,7 +74,10 @@ class Horizon final : public PrefetchPolicy {
   void plan_layer(std::uint16_t layer, TransferQueue& queue) {
     for (std::uint16_t expert = 0; expert < view_.shape.expert_count; ++expert) {
       const float probability = view_.forecast.probability({layer, expert});
-      if (probability >= limits_.break_even) {
+      const bool resident = view_.slots.find({layer, expert}).has_value();
+      const float least =
+          resident ? std::max(limits_.break_even, kept_probability) : limits_.break_even;
+      if (probability >= least) {
         queue.push({layer, expert}, FillKind::prefetch, order(layer, probability));
       } else {
         queue.cancel({layer, expert}, FillKind::prefetch);

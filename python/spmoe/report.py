@@ -32,9 +32,14 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "MB/token": lambda row: f"{row['bytes_per_token'] / 1e6:.1f}",
     "wasted": lambda row: _share(row["wasted_share"]),
     "stall ms": lambda row: f"{row['stall_s_per_token'] * 1e3:.1f}",
-    "x bound": lambda row: "-" if row["ratio_to_bound"] is None else f"{row['ratio_to_bound']:.2f}",
+    "x bound": lambda row: _ratio(row["ratio_to_bound"]),
+    "x slot bound": lambda row: _ratio(row["ratio_to_slot_bound"]),
     "identical": lambda row: "yes" if row["identical"] else "NO",
 }
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:

@@ -347,9 +347,19 @@ TEST(Horizon, plans_no_copy_of_what_is_resident) {
   EXPECT_LT(policy.queue.front().order, layer_count);
 }
 
+TEST(Horizon, asks_to_keep_what_is_resident_if_it_is_likelier_used_than_not) {
+  Driven policy{"horizon"};
+  policy.limits.break_even = 0.1F;
+  policy.world.make_resident({1, 0});
+  policy.world.make_resident({1, 1});
+  policy.predict(1, Scores{1.5F, 0.3F, 0.3F, 0, 0, 0});
+  EXPECT_EQ(policy.waiting(), (Ids{{1, 0}, {1, 2}}));
+}
+
 TEST(Horizon, admits_only_swaps_that_are_worthwhile) {
   Driven policy{"horizon"};
-  policy.predict(1, Scores{1.5F, 1.5F, 0.0F, 0.4F, 0, 0});
+  policy.limits.break_even = 0.85F;
+  policy.predict(1, Scores{1.5F, 1.5F, 0.0F, 0.8F, 0, 0});
   const auto admits = [&](ExpertId incoming, ExpertId victim) {
     return policy->admits({incoming, victim});
   };

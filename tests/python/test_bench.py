@@ -6,12 +6,15 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from spmoe import cli, planner, report
 from spmoe.bench import bench
+from spmoe.bench.bounds import slot_bound_s
+from spmoe.bench.cell import Tally
 from spmoe.errors import InvalidArgument
 from spmoe.prompts import Prompt, select_prompts
 from spmoe.runtime import POLICIES
@@ -22,7 +25,7 @@ KEYS = {
     *("new_tokens", "ttft_s", "tpot_s", "tokens_per_s", "acceptance", "tokens_per_iteration"),
     *("hit_rate", "late_rate", "recall", "bytes_per_token", "wasted_share", "link_gbps"),
     *("link_share", "stall_s_per_token", "compute_s_per_token", "bound_tpot_s"),
-    *("ratio_to_bound", "identical"),
+    *("ratio_to_bound", "slot_bound_tpot_s", "ratio_to_slot_bound", "identical"),
 }
 
 
@@ -68,6 +71,19 @@ def test_the_bound_is_the_same_for_every_policy_of_a_cell(result: dict) -> None:
         cell = (row["expert_memory"], row["draft_length"])
         bounds.setdefault(cell, set()).add(row["bound_tpot_s"])
     assert all(len(values) == 1 and values.pop() > 0 for values in bounds.values())
+
+
+def test_what_slots_do_not_hold_crosses_the_link_during_verification() -> None:
+    needed = {"hits": 30, "late": 10, "misses": 20}
+    ran = Tally(
+        token_s=[1.0] * 12, counters=needed, passes=4, expert_memory_bytes=1050, expert_bytes=100
+    )
+    resident = Tally(token_s=[0.5] * 12, draft_s=1.2, verify_s=4.8)
+    # 60 experts in 4 passes, of which ten slots hold 40; the link moves ten a second.
+    assert slot_bound_s(ran, resident, 1e-6) == pytest.approx(0.1 + 0.4)  # compute
+    assert slot_bound_s(ran, resident, 2e-7) == pytest.approx(0.1 + 20 * 0.5 / 12)
+    roomy = replace(ran, expert_memory_bytes=1600)
+    assert slot_bound_s(roomy, resident, 1e-9) == pytest.approx(0.1 + 0.4)
 
 
 def test_the_oracle_moves_the_fewest_bytes(result: dict) -> None:

@@ -1,8 +1,9 @@
-"""What no policy can beat: compute with everything resident, and the oracle's bytes on the link."""
+"""What no policy can beat: compute alone, the oracle's bytes on the link, and what slots hold."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from spmoe.runtime import Runtime
 Routing = list[tuple[int, list[int]]]
 
 
-def run_resident(models: Models, length: int | str, tokens: list[int], count: int) -> list[float]:
-    """Return seconds of each token but the first with nothing to wait for."""
-    tally = Tally()
+def run_resident(
+    models: Models, length: int | str, tokens: list[int], count: int, tally: Tally
+) -> None:
+    """Add what decoding takes with nothing to wait for."""
     with open_engine(models, Cell("on-demand", "auto", "100%", length)) as engine:
         touch_all(engine.runtime)
         run_prompt(engine, tokens, count, tally)
-    return tally.token_s
 
 
 def touch_all(runtime: Runtime) -> None:
@@ -53,29 +54,57 @@ def record_routing(models: Models, length: int | str, tokens: list[int], count: 
         return engine.runtime.recorded_routing()
 
 
-def add_bounds(
-    rows: list[dict[str, Any]], resident_s: dict[Any, list[float]], peak_gbps: float
-) -> None:
-    """Set `bound_tpot_s` and `ratio_to_bound` of rows whose memory and draft length oracle ran.
+def slot_bound_s(tally: Tally, resident: Tally, peak_gbps: float) -> float:
+    """Return the least seconds a token that the number of slots allows.
 
-    The bound is the larger of compute alone and the oracle's bytes over the link's peak.
+    However well all is foreseen, no more than the slots hold can be there when verification begins;
+    what else a pass needs crosses the link while it runs.
+
+    Args:
+        tally: Of a cell; what its passes needed.
+        resident: Of the same draft length, with everything resident.
+        peak_gbps: Of the link.
+    """
+    slots = tally.expert_memory_bytes // tally.expert_bytes
+    fills = max(0.0, tally.needed - slots * tally.passes) / len(tally.token_s)
+    tokens = len(resident.token_s)
+    return resident.draft_s / tokens + max(
+        resident.verify_s / tokens, fills * tally.expert_bytes / (peak_gbps * 1e9)
+    )
+
+
+def add_bounds(
+    rows: list[dict[str, Any]],
+    tallies: Iterable[Tally],
+    resident: Mapping[int | str, Tally],
+    peak_gbps: float,
+) -> None:
+    """Set the bounds of rows, and how many times as long they took.
+
+    `bound_tpot_s` is the larger of compute alone and the oracle's bytes over the link's peak, where
+    the oracle ran with the same memory and draft length. `slot_bound_tpot_s` is the larger of
+    compute alone and `slot_bound_s`.
 
     Args:
         rows: From `to_row`.
-        resident_s: Draft length -> seconds of tokens with everything resident.
+        tallies: Of each row.
+        resident: Draft length -> runs with everything resident.
         peak_gbps: Of the link.
     """
-    for row in rows:
+    if not peak_gbps:
+        return
+    for row, tally in zip(rows, tallies, strict=True):
+        alone = resident[row["draft_length"]]
+        bounds = {"slot_bound": slot_bound_s(tally, alone, peak_gbps)}
         same = ("expert_memory", "draft_length")
         oracle_bytes = [
             other["bytes_per_token"]
             for other in rows
             if other["policy"] == "oracle" and all(other[key] == row[key] for key in same)
         ]
-        if not oracle_bytes or not peak_gbps:
-            continue
-        row["bound_tpot_s"] = max(
-            statistics.fmean(resident_s[row["draft_length"]]),
-            min(oracle_bytes) / (peak_gbps * 1e9),
-        )
-        row["ratio_to_bound"] = row["tpot_s"]["mean"] / row["bound_tpot_s"]
+        if oracle_bytes:
+            bounds["bound"] = min(oracle_bytes) / (peak_gbps * 1e9)
+        for name, seconds in bounds.items():
+            bound_s = max(statistics.fmean(alone.token_s), seconds)
+            row[f"{name}_tpot_s"] = bound_s
+            row[f"ratio_to_{name}"] = row["tpot_s"]["mean"] / bound_s

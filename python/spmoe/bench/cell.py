@@ -43,10 +43,19 @@ class Tally:
     drafted: int = 0
     accepted: int = 0
     iterations: int = 0
+    draft_s: float = 0.0  # of every iteration but the first, as the next two
+    verify_s: float = 0.0
+    passes: int = 0
     identical: bool = True
     counters: dict[str, float] = field(default_factory=dict)
     expert_memory_bytes: int = 0
+    expert_bytes: int = 0
     eviction: str = ""
+
+    @property
+    def needed(self) -> float:
+        """Experts that the target's passes needed."""
+        return self.counters["hits"] + self.counters["late"] + self.counters["misses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +125,9 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
             before = engine.runtime.stats()
         else:
             tally.token_s += [seconds / len(iteration.tokens)] * len(iteration.tokens)
+            tally.draft_s += iteration.draft_s
+            tally.verify_s += iteration.verify_s
+            tally.passes += 1
         text += iteration.tokens
         tally.drafted += iteration.drafted
         tally.accepted += iteration.accepted
@@ -125,6 +137,7 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
         tally.counters[name] = tally.counters.get(name, 0) + after[name] - before[name]
     tally.new_tokens += len(text)
     tally.expert_memory_bytes = engine.runtime.expert_memory_bytes
+    tally.expert_bytes = engine.runtime.store.blob_bytes
     tally.eviction = after["eviction"]
     return text
 
@@ -132,10 +145,9 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
 def to_row(
     cell: Cell, tally: Tally, *, peak_gbps: float, prompts: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return the cell's figures under the keys that scripts rely on; the bound comes later."""
+    """Return the cell's figures under the keys that scripts rely on; the bounds come later."""
     counters = tally.counters
     decoded = len(tally.token_s)
-    needed = counters["hits"] + counters["late"] + counters["misses"]
     tpot = sorted(tally.token_s)
     busy_s = counters["link_busy_s"]
     gbps = counters["link_bytes"] / busy_s / 1e9 if busy_s else None
@@ -162,8 +174,8 @@ def to_row(
         "tokens_per_s": decoded / sum(tpot),
         "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
         "tokens_per_iteration": tally.new_tokens / tally.iterations,
-        "hit_rate": counters["hits"] / needed,
-        "late_rate": counters["late"] / needed,
+        "hit_rate": counters["hits"] / tally.needed,
+        "late_rate": counters["late"] / tally.needed,
         "recall": counters["recalled"] / counters["predicted_needs"]
         if counters["predicted_needs"]
         else None,
@@ -177,5 +189,7 @@ def to_row(
         "compute_s_per_token": counters["compute_s"] / decoded,
         "bound_tpot_s": None,
         "ratio_to_bound": None,
+        "slot_bound_tpot_s": None,
+        "ratio_to_slot_bound": None,
         "identical": tally.identical,
     }

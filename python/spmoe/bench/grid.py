@@ -99,12 +99,12 @@ def bench(
         encoded = [warm.encode(prompt.text) for prompt in prompts]
     alone = list(_decode_alone(target, encoded, max_new_tokens, chosen, tell))
     tallies = {cell: Tally() for cell in cells}
-    resident_s: dict[int | str, list[float]] = {length: [] for length in draft_lengths}
+    resident: dict[int | str, Tally] = {length: Tally() for length in draft_lengths}
     routings: dict[tuple[int | str, int], Routing] = {}
     for _ in range(repeats):
         for number, tokens in enumerate(encoded):
             for length in draft_lengths:
-                resident_s[length] += run_resident(models, length, tokens, max_new_tokens)
+                run_resident(models, length, tokens, max_new_tokens, resident[length])
                 tell(f"everything resident, draft length {length}")
             for cell in cells:
                 key = (cell.draft_length, number)
@@ -123,7 +123,7 @@ def bench(
         to_row(cell, tallies[cell], peak_gbps=peak, prompts=len(prompts), dtype=chosen)
         for cell in cells
     ]
-    add_bounds(rows, resident_s, peak)
+    add_bounds(rows, tallies.values(), resident, peak)
     return {
         "machine": {
             "cpu": cpu_model(),
