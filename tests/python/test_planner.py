@@ -44,7 +44,7 @@ def grown(
     waits: int = 0,
     needs: int = 0,
     recalled: int = 0,
-    critical: int | None = None,  # those that came true, unless said
+    critical: int | None = None,  # None: those that came true
     needed: float = 61.0,  # of 8 experts five tokens use 6.1, were routing uniform
     repeated: float = 0.0,
 ) -> dict:
@@ -80,6 +80,20 @@ def test_the_cutoff_counts_the_fills_that_iterations_really_need() -> None:
     for _ in range(60):
         it.observe(Iteration(), grown(fills=30), read_last=False)
     assert it.limits(4).cutoff_layer == 10
+
+
+def test_the_cutoff_learns_from_predictions_that_were_wrong() -> None:
+    cutoffs = []
+    for recalled, critical in ((100, 100), (50, 200)):
+        it = Planner(CHEAP, Shape(10, 8, 2, 1 << 40))
+        for _ in range(60):  # 40 fills a layer take longer than the layer
+            it.observe(
+                Iteration(),
+                grown(fills=400, needs=100, recalled=recalled, critical=critical),
+                read_last=False,
+            )
+        cutoffs.append(it.limits(4).cutoff_layer)
+    assert cutoffs == [10, 1]
 
 
 def test_before_any_iteration_fills_are_those_of_uniform_routing() -> None:
