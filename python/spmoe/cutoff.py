@@ -131,8 +131,8 @@ def cutoff_layer(waits: Sequence[float]) -> int:
     Args:
         waits: From `waits_s`.
     """
-    tolerance = 1e-9 * waits[0]  # sums of seconds round
-    return next(layer for layer, wait_s in enumerate(waits) if wait_s <= min(waits) + tolerance)
+    least_s = min(waits) + 1e-9 * waits[0]  # sums of seconds round
+    return next(layer for layer, wait_s in enumerate(waits) if wait_s <= least_s)
 
 
 def break_even(*, prefetch_s: float, wait_s: float) -> float:

@@ -105,16 +105,19 @@ class Planner:
         pays_from = (
             1.0 if self._on_trial else break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s)
         )
-        waits = waits_s(
-            due,
-            [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
-            self.costs,
-            free_bytes=self.shape.memory_bytes,
-            recall=min(self._recall.get(read_last, 1.0), self._predicted),
-            predicted=self._predicted,
-        )
+        depth = 0  # no deeper than pays
+        if pays_from < 1:
+            waits = waits_s(
+                due,
+                [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
+                self.costs,
+                free_bytes=self.shape.memory_bytes,
+                recall=min(self._recall.get(read_last, 1.0), self._predicted),
+                predicted=self._predicted,
+            )
+            depth = cutoff_layer(waits)
         return Limits(
-            cutoff_layer=cutoff_layer(waits) if pays_from < 1 else 0,  # no deeper than pays
+            cutoff_layer=depth,
             budget_bytes=byte_budget(due, self.costs),
             break_even=pays_from,
             read_last=read_last,

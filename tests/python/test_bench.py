@@ -76,13 +76,18 @@ def test_the_bound_is_the_same_for_every_policy_of_a_cell(result: dict) -> None:
 def test_what_slots_do_not_hold_crosses_the_link_during_verification() -> None:
     needed = {"hits": 30, "late": 10, "misses": 20}
     ran = Tally(
-        token_s=[1.0] * 12, counters=needed, passes=4, expert_memory_bytes=1050, expert_bytes=100
+        token_s=[1.0] * 12,
+        ttft_s=[1.0] * 2,
+        iterations=6,  # four of them verify
+        counters=needed,
+        expert_bytes=100,
+        slots=10,
     )
-    resident = Tally(token_s=[0.5] * 12, draft_s=1.2, verify_s=4.8)
+    resident = Tally(token_s=[0.5] * 12, draft_s=1.2)
     # 60 experts in 4 passes, of which ten slots hold 40; the link moves ten a second.
     assert slot_bound_s(ran, resident, 1e-6) == pytest.approx(0.1 + 0.4)  # compute
     assert slot_bound_s(ran, resident, 2e-7) == pytest.approx(0.1 + 20 * 0.5 / 12)
-    roomy = replace(ran, expert_memory_bytes=1600)
+    roomy = replace(ran, slots=16)
     assert slot_bound_s(roomy, resident, 1e-9) == pytest.approx(0.1 + 0.4)
 
 

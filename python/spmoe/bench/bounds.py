@@ -58,19 +58,17 @@ def slot_bound_s(tally: Tally, resident: Tally, peak_gbps: float) -> float:
     """Return the least seconds a token that the number of slots allows.
 
     However well all is foreseen, no more than the slots hold can be there when verification begins;
-    what else a pass needs crosses the link while it runs.
+    what else a pass needs crosses the link while it runs. Compute alone, if that takes longer.
 
     Args:
         tally: Of a cell; what its passes needed.
         resident: Of the same draft length, with everything resident.
         peak_gbps: Of the link.
     """
-    slots = tally.expert_memory_bytes // tally.expert_bytes
-    fills = max(0.0, tally.needed - slots * tally.passes) / len(tally.token_s)
-    tokens = len(resident.token_s)
-    return resident.draft_s / tokens + max(
-        resident.verify_s / tokens, fills * tally.expert_bytes / (peak_gbps * 1e9)
-    )
+    fills = max(0.0, tally.needed - tally.slots * tally.passes) / len(tally.token_s)
+    verify_s = fills * tally.expert_bytes / (peak_gbps * 1e9)
+    draft_s = resident.draft_s / len(resident.token_s)
+    return max(statistics.fmean(resident.token_s), draft_s + verify_s)
 
 
 def add_bounds(
@@ -82,8 +80,7 @@ def add_bounds(
     """Set the bounds of rows, and how many times as long they took.
 
     `bound_tpot_s` is the larger of compute alone and the oracle's bytes over the link's peak, where
-    the oracle ran with the same memory and draft length. `slot_bound_tpot_s` is the larger of
-    compute alone and `slot_bound_s`.
+    the oracle ran with the same memory and draft length; `slot_bound_tpot_s` is `slot_bound_s`.
 
     Args:
         rows: From `to_row`.
@@ -103,8 +100,8 @@ def add_bounds(
             if other["policy"] == "oracle" and all(other[key] == row[key] for key in same)
         ]
         if oracle_bytes:
-            bounds["bound"] = min(oracle_bytes) / (peak_gbps * 1e9)
-        for name, seconds in bounds.items():
-            bound_s = max(statistics.fmean(alone.token_s), seconds)
+            link_s = min(oracle_bytes) / (peak_gbps * 1e9)
+            bounds["bound"] = max(statistics.fmean(alone.token_s), link_s)
+        for name, bound_s in bounds.items():
             row[f"{name}_tpot_s"] = bound_s
             row[f"ratio_to_{name}"] = row["tpot_s"]["mean"] / bound_s

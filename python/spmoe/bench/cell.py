@@ -43,18 +43,22 @@ class Tally:
     drafted: int = 0
     accepted: int = 0
     iterations: int = 0
-    draft_s: float = 0.0  # of every iteration but the first, as the next two
-    verify_s: float = 0.0
-    passes: int = 0
+    draft_s: float = 0.0  # of every iteration but the first of a run
     identical: bool = True
     counters: dict[str, float] = field(default_factory=dict)
     expert_memory_bytes: int = 0
     expert_bytes: int = 0
+    slots: int = 0
     eviction: str = ""
 
     @property
+    def passes(self) -> int:
+        """Verifications; the first iteration of a run reads the prompt."""
+        return self.iterations - len(self.ttft_s)
+
+    @property
     def needed(self) -> float:
-        """Experts that the target's passes needed."""
+        """Experts that they needed."""
         return self.counters["hits"] + self.counters["late"] + self.counters["misses"]
 
 
@@ -126,8 +130,6 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
         else:
             tally.token_s += [seconds / len(iteration.tokens)] * len(iteration.tokens)
             tally.draft_s += iteration.draft_s
-            tally.verify_s += iteration.verify_s
-            tally.passes += 1
         text += iteration.tokens
         tally.drafted += iteration.drafted
         tally.accepted += iteration.accepted
@@ -138,6 +140,7 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
     tally.new_tokens += len(text)
     tally.expert_memory_bytes = engine.runtime.expert_memory_bytes
     tally.expert_bytes = engine.runtime.store.blob_bytes
+    tally.slots = after["slots"]
     tally.eviction = after["eviction"]
     return text
 
