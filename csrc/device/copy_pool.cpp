@@ -20,6 +20,7 @@ struct CopyPool::Batch {
   Fence fence = 0;
   StreamPriority priority = StreamPriority::demand;
   Mark after = 0;
+  Clock::time_point submitted;
   std::vector<CopyOp> ops;  // of at least a byte each
   std::size_t next_op = 0;  // where the next piece begins
   std::uint64_t next_byte = 0;
@@ -83,12 +84,14 @@ CopyPool::Batch& CopyPool::add(Channel& channel, const CopyBatch& copies) {
   if (free_.empty()) {
     free_.push_back(batches_.emplace_back(std::make_unique<Batch>()).get());
   }
+  if (!busy()) busy_from_ = Clock::now();
   Batch& batch = *free_.back();
   free_.pop_back();
   batch.channel = &channel;
   batch.fence = channel.next_++;
   batch.priority = channel.priority_;
   batch.after = copies.after;
+  batch.submitted = Clock::now();
   batch.ops.clear();
   for (const CopyOp& op : copies.ops) {
     if (op.src.bytes > 0) batch.ops.push_back(op);
@@ -166,7 +169,7 @@ void CopyPool::inject(const LinkFaults& faults) {
 LinkStats CopyPool::stats() const {
   const std::scoped_lock lock{mutex_};
   LinkStats now = stats_;
-  if (active_ > 0) now.busy_s += seconds_since(busy_from_);
+  if (busy()) now.busy_s += seconds_since(busy_from_);
   return now;
 }
 
@@ -222,8 +225,7 @@ void CopyPool::cut_piece(Queue& queue, Piece& piece) {
         cut_move(batch, std::min(most_bytes - piece.bytes, movers_.move_bytes(src)), piece);
     if (alone) break;
   }
-  piece.ticket = pacer_.admit(piece.bytes);
-  if (active_++ == 0) busy_from_ = Clock::now();
+  piece.ticket = pacer_.admit(piece.bytes, piece.batches.front()->submitted);
 }
 
 void CopyPool::serve(PieceMover& mover) {
@@ -277,7 +279,6 @@ void CopyPool::note_begun(const Piece& piece) {
 }
 
 void CopyPool::finish(Piece& piece) {
-  if (--active_ == 0) stats_.busy_s += seconds_since(busy_from_);
   const BegunPiece& begun = piece.begun;
   for (std::size_t i = 0; i < piece.moves.size(); ++i) {
     Batch& batch = *piece.batches[i];
@@ -308,6 +309,7 @@ void CopyPool::end_if_done(Batch& batch) {
   channel.notices_.push({batch.fence, what, batch.bytes_moved, std::move(batch.error)});
   std::erase(channel.open_, &batch);
   free_.push_back(&batch);
+  if (!busy()) stats_.busy_s += seconds_since(busy_from_);
   // Under the lock: once it is given up, the channel may go.
   channel.told_.notify_all();
 }

@@ -70,6 +70,7 @@ class CopyPool {
   struct Piece;
 
   Queue& queue(StreamPriority priority) { return queues_[static_cast<std::size_t>(priority)]; }
+  [[nodiscard]] bool busy() const { return free_.size() < batches_.size(); }
   [[nodiscard]] std::size_t window(StreamPriority priority) const;
   [[nodiscard]] Queue* startable(std::size_t under_way);
   [[nodiscard]] Batch* find_waiting(Channel& channel, Fence fence);
@@ -95,7 +96,6 @@ class CopyPool {
   std::uint64_t prefetch_started_ = 0;  // bytes
   std::uint64_t prefetch_active_ = 0;   // of these, under way
   Clock::time_point busy_from_;
-  std::size_t active_ = 0;  // pieces under way
   bool stopping_ = false;
   std::vector<std::unique_ptr<PieceMover>> each_mover_;  // by thread
   std::vector<std::thread> threads_;

@@ -83,7 +83,7 @@ class Stream {
 /// What a link has done since the device was made.
 struct LinkStats {
   std::uint64_t bytes = 0;  ///< moved by pieces that arrived
-  double busy_s = 0;        ///< time in which at least one copy was under way
+  double busy_s = 0;        ///< time in which at least one copy waited or was under way
   /// The most bytes of prefetches that a demand ever had to let pass before it, from when it was
   /// submitted or promoted.
   std::uint64_t prefetch_before_demand = 0;

@@ -11,8 +11,9 @@
 namespace spmoe {
 
 /// Makes a link slower than it is, and faulty, on request: each piece is given a stretch of link
-/// time after the one before it, and holds its thread until that has passed. Guarded by the
-/// caller's lock, except `hold`.
+/// time after the one before it, from when it was submitted on, and holds its thread until that
+/// has passed. A thread that waits for a core loses no link time by that, as a copy engine would
+/// not. Guarded by the caller's lock, except `hold`.
 class LinkPacer {
  public:
   using Clock = std::chrono::steady_clock;
@@ -32,19 +33,18 @@ class LinkPacer {
   /// Whether pieces land later than the link lets them.
   [[nodiscard]] bool slows() const { return gbps_ > 0 || faults_.max_delay_us > 0; }
 
-  /// Next in line for `bytes` of link time.
-  [[nodiscard]] Ticket admit(std::uint64_t bytes) {
+  /// Next in line for `bytes` of link time, which wait for it since `submitted`.
+  [[nodiscard]] Ticket admit(std::uint64_t bytes, Clock::time_point submitted) {
     Ticket ticket;
     ticket.fail = faults_.fail_at_copy != 0 && ++copies_ == faults_.fail_at_copy;
     if (!slows()) return ticket;
-    const auto now = Clock::now();
-    ticket.until = now;
     if (gbps_ > 0) {
       const std::chrono::duration<double> length{static_cast<double>(bytes) / (gbps_ * 1e9)};
-      free_ = std::max(free_, now) + std::chrono::duration_cast<Clock::duration>(length);
+      free_ = std::max(free_, submitted) + std::chrono::duration_cast<Clock::duration>(length);
       ticket.until = free_;
     }
     if (faults_.max_delay_us > 0) {
+      ticket.until = std::max(ticket.until, Clock::now());
       std::uniform_int_distribution<std::uint32_t> delay{0, faults_.max_delay_us};
       ticket.until += std::chrono::microseconds{delay(random_)};
     }

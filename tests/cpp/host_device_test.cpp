@@ -15,6 +15,8 @@
 namespace spmoe {
 namespace {
 
+using namespace std::chrono_literals;
+
 INSTANTIATE_TEST_SUITE_P(all, DeviceContract,
                          ::testing::Values(DeviceCase{"host", [] { return nullptr; },
                                                       make_host_device, read_host, true}),
@@ -65,28 +67,34 @@ TEST(HostDevice, faults_can_be_planted_later_and_count_from_then) {
 
 TEST(LinkPacer, lays_the_pieces_behind_each_other_on_the_link) {
   LinkPacer pacer{1.0, {}};
-  const auto first = pacer.admit(1'000'000'000);
-  const auto second = pacer.admit(500'000'000);
-  const auto third = pacer.admit(2'000'000'000);
-  EXPECT_EQ(second.until - first.until, std::chrono::milliseconds{500});
-  EXPECT_EQ(third.until - second.until, std::chrono::seconds{2});
+  const auto start = LinkPacer::Clock::now();
+  EXPECT_EQ(pacer.admit(1'000'000'000, start).until, start + 1s);
+  EXPECT_EQ(pacer.admit(500'000'000, start).until, start + 1500ms);
+  EXPECT_EQ(pacer.admit(2'000'000'000, start + 1s).until, start + 3500ms);
+}
+
+TEST(LinkPacer, a_link_that_was_free_begins_when_the_piece_was_submitted) {
+  LinkPacer pacer{1.0, {}};
+  const auto start = LinkPacer::Clock::now() - 1h;  // a thread gets to it an hour late
+  EXPECT_EQ(pacer.admit(1'000'000'000, start).until, start + 1s);
+  EXPECT_EQ(pacer.admit(1'000'000'000, start + 10s).until, start + 11s);
 }
 
 TEST(LinkPacer, holds_nobody_when_the_link_is_not_paced) {
   LinkPacer pacer{0, {}};
   for (int i = 0; i < 3; ++i) {
-    EXPECT_EQ(pacer.admit(std::uint64_t{1} << 40).until, LinkPacer::Clock::time_point{});
+    EXPECT_EQ(pacer.admit(std::uint64_t{1} << 40, {}).until, LinkPacer::Clock::time_point{});
   }
 }
 
 TEST(LinkPacer, fails_the_nth_piece_once) {
   LinkPacer pacer{0, {.fail_at_copy = 2}};
-  EXPECT_FALSE(pacer.admit(1).fail);
-  EXPECT_TRUE(pacer.admit(1).fail);
-  EXPECT_FALSE(pacer.admit(1).fail);
+  EXPECT_FALSE(pacer.admit(1, {}).fail);
+  EXPECT_TRUE(pacer.admit(1, {}).fail);
+  EXPECT_FALSE(pacer.admit(1, {}).fail);
   pacer.inject({.fail_at_copy = 1});
-  EXPECT_TRUE(pacer.admit(1).fail);
-  EXPECT_FALSE(pacer.admit(1).fail);
+  EXPECT_TRUE(pacer.admit(1, {}).fail);
+  EXPECT_FALSE(pacer.admit(1, {}).fail);
 }
 
 TEST(LinkPacer, delays_are_the_same_for_the_same_seed) {
@@ -94,9 +102,10 @@ TEST(LinkPacer, delays_are_the_same_for_the_same_seed) {
   constexpr std::uint64_t minute = 60'000'000'000;
   const auto gaps = [](std::uint32_t seed) {
     LinkPacer pacer{1.0, {.delay_seed = seed, .max_delay_us = 1000}};
-    const auto first = pacer.admit(minute).until;
+    const auto start = LinkPacer::Clock::now();
+    const auto first = pacer.admit(minute, start).until;
     std::vector<LinkPacer::Clock::duration> result;
-    for (int i = 0; i < 20; ++i) result.push_back(pacer.admit(minute).until - first);
+    for (int i = 0; i < 20; ++i) result.push_back(pacer.admit(minute, start).until - first);
     return result;
   };
   EXPECT_EQ(gaps(1), gaps(1));
