@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 _TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
+_PRIOR_TOKENS = 8.0  # that were judged before any was, and
+_PRIOR_ACCEPTANCE = 0.8  # of these, accepted
 _SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
 
 
@@ -62,16 +64,21 @@ def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
 
 @dataclass(slots=True)
 class DraftLength:
-    """Chooses the draft length of each iteration. One request at a time.
+    """Chooses the draft length of each iteration, of one request after another.
 
     Now and then another length than the best known is tested: the one that has waited longest for
     its price, which is what such an iteration is expected to lose. What tests lose is counted, and
     a test has to wait while it would take the sum past `test_share` of all time.
 
+    Requests that interleave blur what is learnt of their costs, and no more.
+
     Attributes:
         expected_s: Rows -> seconds that a verification of so many is expected to take.
-        draft_s: Expected seconds of a draft step.
+        draft_s: Expected seconds of a draft step. The first of an iteration, which has the link's
+            copies beside it, is found to take longer or not.
         token_s: Expected seconds for each token of a backlog that the draft has to read first.
+        plain_first: Iterations that decode plainly before any drafts. They show `expected_s` what
+            this memory costs, while the draft may never have to read the prompt.
         longest: Largest length to choose.
         test_share: Share of all time that tests may lose, against the best length known.
     """
@@ -79,17 +86,19 @@ class DraftLength:
     expected_s: Callable[[int], float]
     draft_s: float
     token_s: float = 0.0
+    plain_first: int = 0
     longest: int = 8
     test_share: float = 0.02
 
     _verify_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds, newest weigh most
     _times: dict[int, int] = field(default_factory=dict)  # rows -> how often they were measured
     _tried: dict[int, int] = field(default_factory=dict)  # length -> when it was chosen last
-    _offered: float = 2.0  # drafted tokens that were judged, and accepted; fading
-    _accepted: float = 1.6
+    _offered: float = _PRIOR_TOKENS  # drafted tokens that were judged, and accepted; fading
+    _accepted: float = _PRIOR_TOKENS * _PRIOR_ACCEPTANCE
     _total_s: float = 0.0
     _test_loss_s: float = 0.0
     _testing: bool = False
+    _lead_s: float = 0.0  # that the first draft step takes longer than the others
     _backlog_s: float = 0.0
     _left: float = math.inf
     _count: int = 0
@@ -101,7 +110,8 @@ class DraftLength:
 
     def seconds_per_token(self, draft_length: int) -> float:
         """Return what a token is expected to cost at this length."""
-        seconds = draft_length * self.draft_s + self._verify_at(draft_length + 1)
+        draft_s = self._lead_s + draft_length * self.draft_s if draft_length else 0.0
+        seconds = draft_s + self._verify_at(draft_length + 1)
         return seconds / tokens_per_iteration(self.acceptance, draft_length)
 
     def choose(self, backlog: int = 0, left: float = math.inf) -> int:
@@ -114,6 +124,8 @@ class DraftLength:
         self._testing = False
         self._backlog_s = backlog * self.token_s if backlog > _SMALL_BACKLOG else 0.0
         self._left = max(left / 2, 1.0)
+        if self._count < self.plain_first:
+            return 0
         best = self._best()
         usual = self.seconds_per_token(best)
 
@@ -141,19 +153,23 @@ class DraftLength:
         self._total_s += seconds
         rows = drafted + 1
         times = self._times[rows] = self._times.get(rows, 0) + 1
-        # A plain mean of the first 20, so that one sample is not taken for the truth.
-        share = max(1 / times, 0.05)
+        # A plain mean of the first ten, so that one sample is not taken for the truth.
+        share = max(1 / times, 0.1)
         self._verify_s[rows] = _blend(self._verify_s.get(rows), iteration.verify_s, share)
         # Acceptance is forgotten while decoding plainly too, so that few tests can revise it.
-        if self._offered > 4:
+        if self._offered > _PRIOR_TOKENS:
             self._offered *= 0.97
             self._accepted *= 0.97
         if drafted:
-            if (step := step_s(iteration)) is not None:
-                self.draft_s = _blend(self.draft_s, step, 0.2)
+            first_s, *others = iteration.pass_s
+            for seconds in others:
+                self.draft_s = _blend(self.draft_s, seconds, 0.1)
+            lead_s = first_s - self.draft_s
             if iteration.backlog > _SMALL_BACKLOG:
-                read_s = max(0.0, iteration.pass_s[0] - self.draft_s)
+                read_s = max(0.0, lead_s - self._lead_s)
                 self.token_s = _blend(self.token_s, read_s / iteration.backlog, 0.5)
+            else:
+                self._lead_s = _blend(self._lead_s, lead_s, 0.2)
             judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
             self._offered += judged
             self._accepted += iteration.accepted

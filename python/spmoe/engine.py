@@ -29,6 +29,8 @@ from spmoe.trace import Phase
 
 log = logging.getLogger("spmoe")
 
+_PLAIN_FIRST = 3  # iterations: the first after a prefill still fill what it has evicted
+
 
 class Engine(Closeable):
     """A target whose experts are offloaded, its tokenizer, and perhaps a draft; see `load`.
@@ -63,6 +65,7 @@ class Engine(Closeable):
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
         self.planner: Planner | None = None
+        self._lengths: DraftLength | None = None  # for "auto"; learns from every such request
         if costs is not None:
             shape = Shape(
                 layers=runtime.store.layer_count,
@@ -70,7 +73,13 @@ class Engine(Closeable):
                 experts_per_token=target.experts_per_token,
                 memory_bytes=runtime.expert_memory_bytes,
             )
-            self.planner = Planner(costs, shape)
+            self.planner = Planner(costs, shape, policy=runtime.policy)
+            self._lengths = DraftLength(
+                self.planner.verify_s,
+                self.planner.draft_s,
+                costs.draft_token_s,
+                plain_first=_PLAIN_FIRST,
+            )
         self.cutoff_layer: int | None = None  # in place of the planner's
         self.layer_map = None if layer_map is None else layer_map.to(runtime.device)
         self.last: Metrics | None = None  # figures of the last request
@@ -112,15 +121,14 @@ class Engine(Closeable):
         drafter = None
         if self.draft is not None and draft_length != 0:
             drafter = CachedCausalLM(self.draft)
-        adaptive = None
+        adaptive: DraftLength | None = None
         if draft_length == "auto" and drafter is not None:
-            if self.planner is None:
+            if self._lengths is None:
                 raise InvalidArgument(
                     'draft_length "auto" needs the costs of this machine, which were not measured: '
                     'give draft_length="auto" to spmoe.load'
                 )
-            costs = self.planner.costs
-            adaptive = DraftLength(self.planner.verify_s, costs.draft_s, costs.draft_token_s)
+            adaptive = self._lengths
 
         def choose(backlog: int, left: int) -> int:
             fixed = 0 if draft_length == "auto" else draft_length

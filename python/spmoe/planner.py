@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spmoe.costs import Costs
@@ -71,17 +71,23 @@ class Planner:
     """Sets the limits of each iteration; times of compute follow what iterations really take.
 
     Source: SP-MoE, arXiv:2510.10302, section 3.2, for the cutoff layer; the rest is ours.
+
+    Args:
+        costs: Of this machine.
+        shape: Of the target and its expert memory.
+        policy: What is prefetched by, as for `Runtime`.
     """
 
-    def __init__(self, costs: Costs, shape: Shape) -> None:
+    def __init__(self, costs: Costs, shape: Shape, *, policy: str) -> None:
         self.costs = costs
         self.shape = shape
-        self._wait_s: float | None = (
-            None  # for an expert that had to be demanded, nothing prefetched
-        )
+        self.policy = policy
+        self._demand_s: float | None = None  # waited for a demanded expert, nothing prefetched
         self._iterations = 0
         self._on_trial = False
-        self._stall_s: float | None = None  # for each expert that was filled
+        self._waited_s: float | None = None  # for the link, by an iteration, and
+        self._modelled_s: float | None = None  # what the model of the link said of it
+        self._expected_s: dict[int, float] = {}  # rows -> what `verify_s` returned
         self._fill_share: float | None = None  # fills of the experts that are needed
         self._pool = float(shape.experts)  # as if tokens drew their experts from so few
         self._last_rows = 0
@@ -92,30 +98,15 @@ class Planner:
     def limits(self, draft_length: int) -> Limits:
         """Return what an iteration that drafts ``draft_length`` tokens may prefetch."""
         read_last = draft_length > 0 and self._last_token_pays(draft_length)
-        due = deadlines(
-            self.costs,
-            draft_steps=draft_length + read_last,
-            rows=draft_length + 1,
-            layer_count=self.shape.layers,
-        )
-        copy_s = self.costs.expert_copy_s()
-        doubtful = self.costs.prefetch_s > _DOUBTFUL_SHARE * copy_s
+        due = self._deadlines(draft_length + read_last, draft_length + 1)
+        doubtful = self.costs.prefetch_s > _DOUBTFUL_SHARE * self.costs.expert_copy_s()
         self._on_trial = doubtful and self._iterations % _TRIAL_EVERY == 0
-        wait_s = copy_s if self._wait_s is None else self._wait_s
-        pays_from = (
-            1.0 if self._on_trial else break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s)
-        )
+        pays_from = 1.0 if self._on_trial else self._break_even()
         depth = 0  # no deeper than pays
-        if pays_from < 1:
-            waits = waits_s(
-                due,
-                [self._fills(draft_length + 1) / self.shape.layers] * self.shape.layers,
-                self.costs,
-                free_bytes=self.shape.memory_bytes,
-                recall=min(self._recall.get(read_last, 1.0), self._predicted),
-                predicted=self._predicted,
+        if pays_from < 1 and self.policy == "sp-moe":
+            depth = cutoff_layer(
+                self._waits(due, self._fills(draft_length + 1), read_last=read_last)
             )
-            depth = cutoff_layer(waits)
         return Limits(
             cutoff_layer=depth,
             budget_bytes=byte_budget(due, self.costs),
@@ -135,6 +126,7 @@ class Planner:
         if rows > _MAX_ROWS:
             return
         self._iterations += 1
+        self._expected_s.clear()
         compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
         self.costs = replace(self.costs, layer_s=self._with_layer(rows, compute_s))
         draft_s = self.costs.draft_s
@@ -146,24 +138,67 @@ class Planner:
         if needed:
             self._fill_share = _blend(self._fill_share, fills / needed)
             self._observe_routing(rows, needed, grown["repeated"])
-        if fills >= 1:
-            self._stall_s = _blend(self._stall_s, grown["stall_s"] / fills)
+        if not (self._on_trial and self._prefetches()):
+            self._modelled_s = _blend(self._modelled_s, self._wait_s(rows, fills))
+            self._waited_s = _blend(self._waited_s, grown["stall_s"])
         if self._on_trial and (waits := grown["misses"] + grown["late"]):
-            self._wait_s = grown["stall_s"] / waits
+            self._demand_s = grown["stall_s"] / waits
         if grown["predicted_needs"]:
             recall = grown["recalled"] / grown["predicted_needs"]
             self._recall[read_last] = _blend(self._recall.get(read_last), recall)
             predicted = grown["critical"] / grown["predicted_needs"]
             self._predicted = _blend(self._predicted, predicted)
 
+    @property
+    def draft_s(self) -> float:
+        """Seconds that a draft step is expected to take, copies beside it where they may pay."""
+        share = self.costs.prefetch_s / self.costs.expert_copy_s() if self._prefetches() else 0.0
+        return self.costs.draft_s * (1 + share)
+
     def verify_s(self, rows: int) -> float:
         """Return how long a verification of ``rows`` tokens is expected to take, seconds.
 
-        Compute with everything resident, and what the fills that it needs make it wait, as they
-        did of late: facts of this model, this memory and this policy.
+        Compute with everything resident; and the waits for the link that the model of it says, with
+        drafting before, as iterations of late correct them: in proportion where they waited less,
+        by the difference where they waited more.
         """
-        stall_s = self.costs.expert_copy_s() if self._stall_s is None else self._stall_s
-        return self.shape.layers * self.costs.layer_at(rows) + stall_s * self._fills(rows)
+        if rows not in self._expected_s:
+            wait_s = self._wait_s(rows, self._fills(rows))
+            if self._waited_s is not None and self._modelled_s is not None:
+                if self._waited_s < self._modelled_s:
+                    wait_s *= self._waited_s / self._modelled_s
+                else:
+                    wait_s += self._waited_s - self._modelled_s
+            self._expected_s[rows] = self.shape.layers * self.costs.layer_at(rows) + wait_s
+        return self._expected_s[rows]
+
+    def _deadlines(self, draft_steps: int, rows: int) -> list[float]:
+        return deadlines(
+            self.costs, draft_steps=draft_steps, rows=rows, layer_count=self.shape.layers
+        )
+
+    def _break_even(self) -> float:
+        demand_s = self.costs.expert_copy_s() if self._demand_s is None else self._demand_s
+        return break_even(prefetch_s=self.costs.prefetch_s, wait_s=demand_s)
+
+    def _prefetches(self) -> bool:
+        return self.policy in PLANNED and self._break_even() < 1
+
+    def _waits(self, due: Sequence[float], fills: float, *, read_last: bool) -> list[float]:
+        """Return `waits_s` of an iteration, by the layers that are prefetched for."""
+        return waits_s(
+            due,
+            [fills / self.shape.layers] * self.shape.layers,
+            self.costs,
+            free_bytes=self.shape.memory_bytes,
+            recall=min(self._recall.get(read_last, 1.0), self._predicted),
+            predicted=self._predicted,
+        )
+
+    def _wait_s(self, rows: int, fills: float) -> float:
+        """Return how long a verification of ``rows`` tokens waits for the link, by the model."""
+        waits = self._waits(self._deadlines(rows - 1, rows), fills, read_last=False)
+        return min(waits) if self._prefetches() else waits[0]
 
     def _with_layer(self, rows: int, compute_s: float) -> dict[int, float]:
         """Return `Costs.layer_s` with another sample at ``rows``.

@@ -219,6 +219,17 @@ class TestBacklog:
         assert lengths.draft_s == pytest.approx(0.01)
         assert lengths.token_s == pytest.approx(0.02, rel=0.01)
 
+    def test_a_first_step_that_takes_longer_counts_once(self) -> None:
+        lengths = DraftLength(lambda rows: 0.1, draft_s=0.01)
+        for _ in range(60):
+            lengths.observe(Sample(2, 2, [0.03, 0.01], verify_s=0.1))
+        long, longer = (
+            lengths.seconds_per_token(g) * tokens_per_iteration(lengths.acceptance, g)
+            for g in (4, 5)
+        )
+        assert long == pytest.approx(0.1 + 0.06, rel=0.01)
+        assert longer - long == pytest.approx(0.01, rel=0.05)
+
     @staticmethod
     def settings(regime: Regime) -> tuple[Callable[[int], float], float, float]:
         return regime.verify_s, regime.draft_s, regime.token_s

@@ -32,9 +32,11 @@ class Iteration:
         return sum(self.pass_s)
 
 
-def planner(*, memory_bytes: int = 40 * 16 * MIB, layers: int = 10) -> Planner:
+def planner(
+    *, memory_bytes: int = 40 * 16 * MIB, layers: int = 10, policy: str = "sp-moe"
+) -> Planner:
     """Ten layers of eight experts, half of them in memory."""
-    return Planner(COSTS, Shape(layers, 8, 2, memory_bytes))
+    return Planner(COSTS, Shape(layers, 8, 2, memory_bytes), policy=policy)
 
 
 def grown(
@@ -85,7 +87,7 @@ def test_the_cutoff_counts_the_fills_that_iterations_really_need() -> None:
 def test_the_cutoff_learns_from_predictions_that_were_wrong() -> None:
     cutoffs = []
     for recalled, critical in ((100, 100), (50, 200)):
-        it = Planner(CHEAP, Shape(10, 8, 2, 1 << 40))
+        it = Planner(CHEAP, Shape(10, 8, 2, 1 << 40), policy="sp-moe")
         for _ in range(60):  # 40 fills a layer take longer than the layer
             it.observe(
                 Iteration(),
@@ -99,14 +101,14 @@ def test_the_cutoff_learns_from_predictions_that_were_wrong() -> None:
 def test_before_any_iteration_fills_are_those_of_uniform_routing() -> None:
     # Of 8 experts 8 (1 - .75^5) = 6.1 are used by five tokens, and half are missing.
     shape = Shape(10, 8, 2, 40 * 16 * MIB)
-    assert Planner(CHEAP, shape).limits(4).cutoff_layer == 10
+    assert Planner(CHEAP, shape, policy="sp-moe").limits(4).cutoff_layer == 10
     small = replace(shape, memory_bytes=10 * 16 * MIB)
-    assert Planner(CHEAP, small).limits(4).cutoff_layer == 1  # 5.3 a layer
+    assert Planner(CHEAP, small, policy="sp-moe").limits(4).cutoff_layer == 1  # 5.3 a layer
 
 
 def test_tokens_that_choose_alike_need_less() -> None:
     shape = Shape(10, 8, 2, 40 * 16 * MIB)
-    it = Planner(CHEAP, shape)
+    it = Planner(CHEAP, shape, policy="on-demand")
     for _ in range(60):
         it.observe(Iteration(), grown(fills=20, needed=45.0, stall_s=0.02), read_last=False)
     together = it.verify_s(5) - 10 * it.costs.layer_at(5)
@@ -117,7 +119,7 @@ def test_tokens_that_choose_alike_need_less() -> None:
 
 def test_plain_decoding_says_what_drafting_would_need() -> None:
     for repeated, distinct in ((5.0, 6.1), (10.0, 3.9), (20.0, 2.0)):
-        it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB))
+        it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="on-demand")
         alone = Iteration(drafted=0, accepted=0, pass_s=(), verify_s=0.05)
         for _ in range(60):
             it.observe(
@@ -131,13 +133,15 @@ def test_plain_decoding_says_what_drafting_would_need() -> None:
 
 
 def test_it_prefetches_no_deeper_than_pays() -> None:
-    never = Planner(replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB))
+    never = Planner(
+        replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB), policy="sp-moe"
+    )
     assert never.limits(4).break_even == 1
     assert never.limits(4).cutoff_layer == 0
 
 
 def test_it_breaks_even_where_what_a_prefetch_takes_is_what_it_saves() -> None:
-    it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB))
+    it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="sp-moe")
     assert it.limits(4).break_even == pytest.approx(0.2)
     it.observe(Iteration(), grown(waits=10, stall_s=0.001), read_last=False)
     assert it.limits(4).break_even == pytest.approx(0.2)  # few demands, after prefetches
@@ -156,12 +160,14 @@ def test_where_a_prefetch_takes_much_it_is_tried_what_demands_wait_for() -> None
 
 
 def test_predictions_are_of_use_where_something_may_be_prefetched() -> None:
-    limits = Planner(CHEAP, Shape(10, 8, 2, 10 * 16 * MIB)).limits(4)
+    limits = Planner(CHEAP, Shape(10, 8, 2, 10 * 16 * MIB), policy="sp-moe").limits(4)
     assert limits.cutoff_layer == 1
     assert [limits.uses_prediction("sp-moe", layer) for layer in (0, 1)] == [True, False]
-    cheap = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)
+    cheap = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="sp-moe").limits(4)
     assert cheap.uses_prediction("horizon", 9)
-    never = Planner(replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB)).limits(4)
+    never = Planner(
+        replace(COSTS, prefetch_s=0.001), Shape(10, 8, 2, 40 * 16 * MIB), policy="sp-moe"
+    ).limits(4)
     assert never.break_even == 1
     assert not never.uses_prediction("horizon", 0)
     assert never.uses_prediction("next-gate", 0)  # which knows no limits
@@ -194,18 +200,38 @@ def test_a_prompt_teaches_nothing() -> None:
 class TestVerification:
     def test_before_any_iteration_every_fill_is_waited_for(self) -> None:
         # Five rows use 6.1 of 8 experts, of which half are missing: 30.5 fills of 1 ms in all.
-        assert planner().verify_s(5) == pytest.approx(10 * 0.005 + 0.0305, rel=1e-3)
+        it = planner(policy="on-demand")
+        assert it.verify_s(5) == pytest.approx(10 * 0.005 + 0.0305, rel=1e-3)
 
     def test_then_it_follows_fills_and_waits_of_late(self) -> None:
-        it = planner()
+        it = planner(policy="on-demand")
         it.observe(Iteration(verify_s=0.070), grown(fills=61, stall_s=0.0305), read_last=False)
         assert it.verify_s(5) == pytest.approx(0.070, rel=1e-3)
         # One row needs 2 of the 6.1, and compute is the same as of five until it is measured.
         plain = it.verify_s(1)
         assert plain == pytest.approx(0.0395 + 0.0305 * 2 / 6.1, rel=1e-3)
 
+    @pytest.mark.parametrize("policy", ["sp-moe", "horizon"])
+    def test_what_is_prefetched_meanwhile_is_not_waited_for(self, policy: str) -> None:
+        it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy=policy)
+        # Four draft steps of 20 ms: time for 80 fills, of which 30.5 are needed.
+        assert it.verify_s(5) == pytest.approx(10 * 0.005)
+        # Nothing is drafted: of 10 fills the first layer's cannot be early.
+        assert it.verify_s(1) == pytest.approx(10 * 0.005 + 0.001)
+
+    def test_waits_beyond_the_model_of_the_link_are_added(self) -> None:
+        it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="horizon")
+        for _ in range(60):
+            it.observe(Iteration(verify_s=0.060), grown(fills=30.5, stall_s=0.010), read_last=False)
+        assert it.verify_s(5) == pytest.approx(0.060, rel=1e-3)
+        assert it.verify_s(1) == pytest.approx(0.060 + 0.001, rel=1e-2)
+
     def test_other_rows_follow_the_measured_ones_in_proportion(self) -> None:
-        it = Planner(replace(COSTS, layer_s={1: 0.004, 5: 0.008}), Shape(10, 8, 2, 40 * 16 * MIB))
+        it = Planner(
+            replace(COSTS, layer_s={1: 0.004, 5: 0.008}),
+            Shape(10, 8, 2, 40 * 16 * MIB),
+            policy="sp-moe",
+        )
         it.observe(Iteration(verify_s=0.160), grown(), read_last=False)
         assert it.costs.layer_at(1) == pytest.approx(0.008)
 

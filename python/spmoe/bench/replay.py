@@ -95,7 +95,7 @@ class Replay:
             experts_per_token=experts_per_token,
             memory_bytes=runtime.expert_memory_bytes,
         )
-        self.planner = Planner(costs, shape)
+        self.planner = Planner(costs, shape, policy=runtime.policy)
 
     def run(self, request: Request) -> list[float]:
         """Run one request; return the seconds of each iteration."""
