@@ -17,6 +17,9 @@ from typing import Protocol
 _TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
 _PRIOR_TOKENS = 8.0  # that were judged before any was, and
 _PRIOR_ACCEPTANCE = 0.8  # of these, accepted
+_CLASSES = 10  # of probabilities
+_OWN_TOKENS = 2  # that the draft's own account of a probability weighs as much as
+_FADING = 0.98  # for each token, of what is known of a class
 _SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
 
 
@@ -26,6 +29,7 @@ class Measured(Protocol):
     Attributes:
         drafted: Tokens drafted.
         accepted: Of these, accepted.
+        probabilities: That the draft gave to each; or none.
         backlog: Tokens that the draft's first pass read beside the one that every pass reads.
         pass_s: Seconds of each pass of the draft.
         draft_s: Seconds of drafting.
@@ -36,6 +40,8 @@ class Measured(Protocol):
     def drafted(self) -> int: ...  # noqa: D102
     @property
     def accepted(self) -> int: ...  # noqa: D102
+    @property
+    def probabilities(self) -> Sequence[float]: ...  # noqa: D102
     @property
     def backlog(self) -> int: ...  # noqa: D102
     @property
@@ -60,6 +66,40 @@ def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
         draft_length: Tokens drafted.
     """
     return math.fsum(acceptance**i for i in range(draft_length + 1))
+
+
+@dataclass(slots=True)
+class Confidence:
+    """How often a drafted token is accepted, by the probability that the draft gave to it.
+
+    The draft's account of itself is where it begins. A token that the draft chose among many is
+    often what the target chooses too, so that acceptance tends to be above it.
+    """
+
+    _offered: list[float] = field(default_factory=lambda: [0.0] * _CLASSES)  # by probability
+    _accepted: list[float] = field(default_factory=lambda: [0.0] * _CLASSES)  # fading, both
+
+    def acceptance(self, probability: float) -> float:
+        """Return the estimated probability that a token is accepted if those before it are."""
+        offered = self._offered[_class_of(probability)]
+        accepted = self._accepted[_class_of(probability)]
+        return (accepted + _OWN_TOKENS * probability) / (offered + _OWN_TOKENS)
+
+    def observe(self, probabilities: Sequence[float], accepted: int) -> None:
+        """Tell how many of the tokens drafted were accepted.
+
+        Args:
+            probabilities: That the draft gave to each.
+            accepted: Leading ones of them. The one behind was refused; nothing is known of others.
+        """
+        for place, probability in enumerate(probabilities[: accepted + 1]):
+            kind = _class_of(probability)
+            self._offered[kind] = _FADING * self._offered[kind] + 1
+            self._accepted[kind] = _FADING * self._accepted[kind] + (place < accepted)
+
+
+def _class_of(probability: float) -> int:
+    return min(int(probability * _CLASSES), _CLASSES - 1) if probability > 0 else 0  # or NaN
 
 
 @dataclass(slots=True)
@@ -95,6 +135,7 @@ class DraftLength:
     _tried: dict[int, int] = field(default_factory=dict)  # length -> when it was chosen last
     _offered: float = _PRIOR_TOKENS  # drafted tokens that were judged, and accepted; fading
     _accepted: float = _PRIOR_TOKENS * _PRIOR_ACCEPTANCE
+    _confidence: Confidence = field(default_factory=Confidence)
     _total_s: float = 0.0
     _test_loss_s: float = 0.0
     _testing: bool = False
@@ -171,22 +212,24 @@ class DraftLength:
             else:
                 self._lead_s = _blend(self._lead_s, lead_s, 0.2)
             judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
+            self._confidence.observe(iteration.probabilities, iteration.accepted)
             self._offered += judged
             self._accepted += iteration.accepted
 
-    def worth_another(self, probability: float) -> bool:
+    def worth_another(self, probabilities: Sequence[float]) -> bool:
         """Whether one more drafted token is expected to pay.
 
-        ``a^g TPOT > t_d + dt_v``: with the probability that it counts, it saves a token's time; it
+        ``p TPOT > t_d + dt_v``: with the probability that it counts, it saves a token's time; it
         costs a draft step and a row more.
 
         Args:
-            probability: That it and all before it are accepted, by the draft's own account.
+            probabilities: That the draft gave to each token before it.
         """
+        counts = math.prod(map(self._confidence.acceptance, probabilities))
         best = self._best()
         deep = max(best, 2)
         row_s = max(0.0, (self._verify_at(deep + 1) - self._verify_at(2)) / (deep - 1))
-        return probability * self.seconds_per_token(best) > self.draft_s + row_s
+        return counts * self.seconds_per_token(best) > self.draft_s + row_s
 
     def _best(self) -> int:
         def cost(length: int) -> float:

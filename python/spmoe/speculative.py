@@ -45,6 +45,7 @@ class Iteration:
         tokens: Token ids, at least one; the last was not drafted.
         logits: [len(tokens), vocab], the target's, whose argmax each token is.
         drafted: Tokens that the draft proposed.
+        probabilities: That the draft gave to each, if it was asked whether another is worth it.
         backlog: Tokens that the draft's first pass read beside the one that every pass reads.
         pass_s: Seconds of each pass of the draft.
         draft_s: Seconds of drafting.
@@ -55,6 +56,7 @@ class Iteration:
     tokens: list[int]
     logits: torch.Tensor
     drafted: int
+    probabilities: tuple[float, ...]
     backlog: int
     pass_s: tuple[float, ...]
     draft_s: float
@@ -74,10 +76,12 @@ class Draft:
     Attributes:
         tokens: Token ids.
         pass_s: Seconds of each of its passes.
+        probabilities: Of each token, by its own account; none if nobody asked.
     """
 
     tokens: list[int]
     pass_s: list[float]
+    probabilities: list[float]
 
 
 def prefill(model: CachedModel, prompt: Sequence[int]) -> torch.Tensor:
@@ -90,7 +94,7 @@ def draft(
     text: Sequence[int],
     count: int,
     *,
-    worth_another: Callable[[float], bool] | None = None,
+    worth_another: Callable[[Sequence[float]], bool] | None = None,
 ) -> Draft:
     """Let the draft model propose ``count`` tokens after ``text``.
 
@@ -101,12 +105,12 @@ def draft(
         text: Token ids so far.
         count: How many to propose at most.
         worth_another: Asked before every token but the first, with the probability that the draft
-            gives to all it has proposed; drafting ends when it says no.
+            gives to each that it has proposed; drafting ends when it says no.
     """
     unread: Sequence[int] = text[model.length :]
     proposed: list[int] = []
     pass_s: list[float] = []
-    probability = 1.0
+    probabilities: list[float] = []
     while len(proposed) < count:
         start = time.perf_counter()
         logits = model.read(unread)[-1]
@@ -114,10 +118,10 @@ def draft(
         pass_s.append(time.perf_counter() - start)
         unread = proposed[-1:]
         if worth_another is not None:
-            probability *= float(logits.float().softmax(-1)[proposed[-1]])
-            if not worth_another(probability):
+            probabilities.append(float(logits.float().softmax(-1)[proposed[-1]]))
+            if not worth_another(probabilities):
                 break
-    return Draft(proposed, pass_s)
+    return Draft(proposed, pass_s, probabilities)
 
 
 def verify(model: CachedModel, last: int, proposed: Sequence[int]) -> torch.Tensor:
@@ -150,7 +154,7 @@ def decode(
     *,
     draft_length: int | Callable[[int, int], int],
     max_length: int,
-    worth_another: Callable[[float], bool] | None = None,
+    worth_another: Callable[[Sequence[float]], bool] | None = None,
     read_last: Callable[[], bool] = lambda: False,
 ) -> Iterator[Iteration]:
     """Write greedily after ``prompt`` until ``max_length``, an iteration at a time.
@@ -175,10 +179,10 @@ def decode(
     logits = prefill(target, text)
     text += accept([], logits)
     end = time.perf_counter()
-    yield Iteration(text[-1:], logits, 0, 0, (), 0.0, end - start, end)
+    yield Iteration(text[-1:], logits, 0, (), 0, (), 0.0, end - start, end)
     while len(text) < max_length:
         start = time.perf_counter()
-        proposed = Draft([], [])
+        proposed = Draft([], [], [])
         left = max_length - len(text)
         backlog = len(text) - 1 - drafter.length if drafter is not None else 0
         wanted = draft_length(backlog, left) if callable(draft_length) else draft_length
@@ -201,6 +205,7 @@ def decode(
             tokens,
             logits[: len(tokens)],
             len(proposed.tokens),
+            tuple(proposed.probabilities),
             backlog,
             tuple(proposed.pass_s),
             drafted - start,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from spmoe.draft_length import DraftLength, tokens_per_iteration
+from spmoe.draft_length import Confidence, DraftLength, tokens_per_iteration
 
 LONGEST = 8
 ITERATIONS = 450
@@ -26,6 +26,7 @@ class Sample:
     pass_s: Sequence[float]
     verify_s: float
     backlog: int = 0
+    probabilities: Sequence[float] = ()
 
     @property
     def draft_s(self) -> float:
@@ -292,14 +293,23 @@ class TestWorthAnother:
         best = min(lengths.seconds_per_token(length) for length in range(LONGEST + 1))
         edge = 0.06 / best
         assert 0 < edge < 1
-        assert lengths.worth_another(edge * 1.01)
-        assert not lengths.worth_another(edge * 0.99)
+        assert lengths.worth_another([edge * 1.01])
+        assert not lengths.worth_another([edge * 0.99])
+
+    def test_a_draft_that_is_surer_than_it_says_is_asked_for_more(self) -> None:
+        regime = Regime(0.9, 0.05, lambda rows: 0.3 + 0.01 * rows)
+        lengths = DraftLength(regime.verify_s, regime.draft_s)
+        assert not lengths.worth_another([0.35])
+        for _ in range(20):
+            lengths.observe(Sample(1, 1, [0.05], 0.32, probabilities=[0.35]))
+        assert lengths.worth_another([0.35])
+        assert not lengths.worth_another([0.15])  # of which nothing is known
 
     def test_a_step_that_costs_more_than_a_token_never_is(self) -> None:
         simulation = Simulation(0)
         simulation.run(REGIMES["draft as slow as the target"][0], 20)
         assert simulation.lengths is not None
-        assert not simulation.lengths.worth_another(1.0)
+        assert not simulation.lengths.worth_another([1.0])
 
 
 def test_tokens_behind_the_first_refusal_say_nothing_about_acceptance() -> None:
@@ -307,3 +317,30 @@ def test_tokens_behind_the_first_refusal_say_nothing_about_acceptance() -> None:
     for _ in range(200):
         lengths.observe(Sample(drafted=8, accepted=1, pass_s=[0.01] * 8, verify_s=0.1))
     assert lengths.acceptance == pytest.approx(0.5, abs=0.01)  # one accepted, one refused
+
+
+class TestConfidence:
+    def test_the_draft_is_believed_before_anything_is_known(self) -> None:
+        assert Confidence().acceptance(0.3) == pytest.approx(0.3)
+        assert Confidence().acceptance(1.0) == 1.0
+
+    @pytest.mark.parametrize("acceptance", [0.0, 0.5, 1.0])
+    def test_then_what_came_of_such_tokens_counts(self, acceptance: float) -> None:
+        confidence = Confidence()
+        for number in range(400):
+            confidence.observe([0.75], number % 2 if acceptance == 0.5 else int(acceptance))
+        assert confidence.acceptance(0.72) == pytest.approx(acceptance, abs=0.04)
+        assert confidence.acceptance(0.65) == pytest.approx(0.65)  # another class
+
+    def test_what_comes_behind_a_refusal_is_not_judged(self) -> None:
+        confidence = Confidence()
+        confidence.observe([0.95, 0.55, 0.35], accepted=1)
+        assert confidence.acceptance(0.95) > 0.95
+        assert confidence.acceptance(0.55) < 0.55
+        assert confidence.acceptance(0.35) == pytest.approx(0.35)
+
+    def test_what_is_not_a_number_is_no_reason_to_go_on(self) -> None:
+        lengths = DraftLength(lambda rows: 1.0, 0.001)
+        assert lengths.worth_another([0.9])
+        assert not lengths.worth_another([math.nan])
+        lengths.observe(Sample(1, 0, [0.001], 1.0, probabilities=[math.nan]))

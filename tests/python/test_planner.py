@@ -26,6 +26,7 @@ class Iteration:
     pass_s: Sequence[float] = (0.020,) * 4
     verify_s: float = 0.100
     backlog: int = 0
+    probabilities: Sequence[float] = ()
 
     @property
     def draft_s(self) -> float:

@@ -63,6 +63,7 @@ class _Took:
     pass_s: tuple[float, ...]
     draft_s: float
     verify_s: float
+    probabilities: tuple[float, ...] = ()
 
 
 class Replay:
