@@ -104,9 +104,9 @@ class Planner:
         pays_from = 1.0 if self._on_trial else self._break_even()
         depth = 0  # no deeper than pays
         if pays_from < 1 and self.policy == "sp-moe":
-            depth = cutoff_layer(
-                self._waits(due, self._fills(draft_length + 1), read_last=read_last)
-            )
+            fills = self._fills(draft_length + 1)
+            waits = self._waits(due, fills, read_last=read_last, predicted=self._predicted)
+            depth = cutoff_layer(waits)
         return Limits(
             cutoff_layer=depth,
             budget_bytes=byte_budget(due, self.costs),
@@ -184,20 +184,26 @@ class Planner:
     def _prefetches(self) -> bool:
         return self.policy in PLANNED and self._break_even() < 1
 
-    def _waits(self, due: Sequence[float], fills: float, *, read_last: bool) -> list[float]:
+    def _waits(
+        self, due: Sequence[float], fills: float, *, read_last: bool, predicted: float
+    ) -> list[float]:
         """Return `waits_s` of an iteration, by the layers that are prefetched for."""
         return waits_s(
             due,
             [fills / self.shape.layers] * self.shape.layers,
             self.costs,
             free_bytes=self.shape.memory_bytes,
-            recall=min(self._recall.get(read_last, 1.0), self._predicted),
-            predicted=self._predicted,
+            recall=min(self._recall.get(read_last, 1.0), predicted),
+            predicted=predicted,
         )
 
     def _wait_s(self, rows: int, fills: float) -> float:
-        """Return how long a verification of ``rows`` tokens waits for the link, by the model."""
-        waits = self._waits(self._deadlines(rows - 1, rows), fills, read_last=False)
+        """Return how long a verification of ``rows`` tokens waits for the link, by the model.
+
+        What was prefetched in vain is among the fills that iterations take.
+        """
+        due = self._deadlines(rows - 1, rows)
+        waits = self._waits(due, fills, read_last=False, predicted=1.0)
         return min(waits) if self._prefetches() else waits[0]
 
     def _with_layer(self, rows: int, compute_s: float) -> dict[int, float]:
