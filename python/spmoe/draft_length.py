@@ -151,7 +151,7 @@ class DraftLength:
 
     def seconds_per_token(self, draft_length: int) -> float:
         """Return what a token is expected to cost at this length."""
-        draft_s = self._lead_s + draft_length * self.draft_s if draft_length else 0.0
+        draft_s = max(self._lead_s, 0.0) + draft_length * self.draft_s if draft_length else 0.0
         seconds = draft_s + self._verify_at(draft_length + 1)
         return seconds / tokens_per_iteration(self.acceptance, draft_length)
 
@@ -193,10 +193,11 @@ class DraftLength:
         self._count += 1
         self._total_s += seconds
         rows = drafted + 1
-        times = self._times[rows] = self._times.get(rows, 0) + 1
+        times = self._times.get(rows, 0) + 1
         # A plain mean of the first ten, so that one sample is not taken for the truth.
         share = max(1 / times, 0.1)
         self._verify_s[rows] = _blend(self._verify_s.get(rows), iteration.verify_s, share)
+        self._times[rows] = times  # last: another thread looks here first
         # Acceptance is forgotten while decoding plainly too, so that few tests can revise it.
         if self._offered > _PRIOR_TOKENS:
             self._offered *= 0.97

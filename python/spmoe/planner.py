@@ -152,7 +152,8 @@ class Planner:
     @property
     def draft_s(self) -> float:
         """Seconds that a draft step is expected to take, copies beside it where they may pay."""
-        share = self.costs.prefetch_s / self.costs.expert_copy_s() if self._prefetches() else 0.0
+        copy_s = self.costs.expert_copy_s()
+        share = self.costs.prefetch_s / copy_s if copy_s and self._prefetches() else 0.0
         return self.costs.draft_s * (1 + share)
 
     def verify_s(self, rows: int) -> float:
@@ -162,15 +163,18 @@ class Planner:
         drafting before, as iterations of late correct them: in proportion where they waited less,
         by the difference where they waited more.
         """
-        if rows not in self._expected_s:
-            wait_s = self._wait_s(rows, self._fills(rows))
-            if self._waited_s is not None and self._modelled_s is not None:
-                if self._waited_s < self._modelled_s:
-                    wait_s *= self._waited_s / self._modelled_s
-                else:
-                    wait_s += self._waited_s - self._modelled_s
-            self._expected_s[rows] = self.shape.layers * self.costs.layer_at(rows) + wait_s
-        return self._expected_s[rows]
+        known = self._expected_s.get(rows)
+        if known is not None:
+            return known
+        wait_s = self._wait_s(rows, self._fills(rows))
+        if self._waited_s is not None and self._modelled_s is not None:
+            if self._waited_s < self._modelled_s:
+                wait_s *= self._waited_s / self._modelled_s
+            else:
+                wait_s += self._waited_s - self._modelled_s
+        expected_s = self.shape.layers * self.costs.layer_at(rows) + wait_s
+        self._expected_s[rows] = expected_s  # another thread's `observe` may clear it at once
+        return expected_s
 
     def _deadlines(self, draft_steps: int, rows: int) -> list[float]:
         return deadlines(

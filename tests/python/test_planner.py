@@ -258,3 +258,18 @@ class TestReadingTheLastToken:
         it = planner()
         it.observe(Iteration(), grown(fills=50, needs=100, recalled=90), read_last=False)
         assert not it.limits(4).read_last
+
+
+def test_a_draft_step_is_expected_to_take_longer_where_copies_run_beside_it() -> None:
+    shape = Shape(10, 8, 2, 40 * 16 * MIB)
+    assert Planner(CHEAP, shape, policy="horizon").draft_s == pytest.approx(0.020 * 1.2)
+    assert Planner(CHEAP, shape, policy="on-demand").draft_s == pytest.approx(0.020)
+    never = replace(COSTS, prefetch_s=0.001)
+    assert Planner(never, shape, policy="horizon").draft_s == pytest.approx(0.020)
+
+
+def test_experts_that_cost_nothing_to_copy_divide_nothing() -> None:
+    free = replace(COSTS, copy_s={8: 0.0}, prefetch_s=0.0)
+    it = Planner(free, Shape(10, 8, 2, 40 * 16 * MIB), policy="horizon")
+    it.observe(Iteration(), grown(fills=10, waits=10, stall_s=0.001), read_last=False)
+    assert it.draft_s > 0
