@@ -84,14 +84,15 @@ CopyPool::Batch& CopyPool::add(Channel& channel, const CopyBatch& copies) {
   if (free_.empty()) {
     free_.push_back(batches_.emplace_back(std::make_unique<Batch>()).get());
   }
-  if (!busy()) busy_from_ = Clock::now();
+  const auto now = Clock::now();
+  if (!busy()) busy_from_ = now;
   Batch& batch = *free_.back();
   free_.pop_back();
   batch.channel = &channel;
   batch.fence = channel.next_++;
   batch.priority = channel.priority_;
   batch.after = copies.after;
-  batch.submitted = Clock::now();
+  batch.submitted = now;
   batch.ops.clear();
   for (const CopyOp& op : copies.ops) {
     if (op.src.bytes > 0) batch.ops.push_back(op);

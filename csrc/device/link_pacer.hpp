@@ -11,9 +11,10 @@
 namespace spmoe {
 
 /// Makes a link slower than it is, and faulty, on request: each piece is given a stretch of link
-/// time after the one before it, from when it was submitted on, and holds its thread until that
-/// has passed. A thread that waits for a core loses no link time by that, as a copy engine would
-/// not. Guarded by the caller's lock, except `hold`.
+/// time after the one before it, no earlier than its batch was submitted, and holds its thread
+/// until that has passed. A thread that waits for a core loses no link time by that, as a copy
+/// engine would not; one that waits for a disk is forgiven too. Guarded by the caller's lock,
+/// except `hold`.
 class LinkPacer {
  public:
   using Clock = std::chrono::steady_clock;
@@ -33,7 +34,7 @@ class LinkPacer {
   /// Whether pieces land later than the link lets them.
   [[nodiscard]] bool slows() const { return gbps_ > 0 || faults_.max_delay_us > 0; }
 
-  /// Next in line for `bytes` of link time, which wait for it since `submitted`.
+  /// Next in line for as much link time as `bytes` take, of a batch submitted at `submitted`.
   [[nodiscard]] Ticket admit(std::uint64_t bytes, Clock::time_point submitted) {
     Ticket ticket;
     ticket.fail = faults_.fail_at_copy != 0 && ++copies_ == faults_.fail_at_copy;

@@ -2,7 +2,7 @@
 
 An iteration that drafts ``g`` tokens writes ``A(g)`` of them and takes ``g`` draft steps and a
 verification of ``g + 1`` rows; the best ``g`` has the least time a token. What a verification costs
-is what the model of the planner expects, compute and predicted misses, until it was measured often.
+is what the planner expects, compute and waits for the link, until it was measured often.
 
 Source: Leviathan et al., arXiv:2211.17192, section 3.4, for A(g); the costs and the tests are ours.
 """
@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from spmoe.confidence import Confidence
+
 _TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
-_PRIOR_TOKENS = 8.0  # that were judged before any was, and
-_PRIOR_ACCEPTANCE = 0.8  # of these, accepted
-_CLASSES = 10  # of probabilities
-_OWN_TOKENS = 2  # that the draft's own account of a probability weighs as much as
-_FADING = 0.98  # for each token, of what is known of a class
+_PRIOR_TOKENS = 8.0  # that the acceptance assumed at first weighs as much as
+_PRIOR_ACCEPTANCE = 0.8  # assumed at first
 _SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
 
 
@@ -69,40 +68,6 @@ def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
 
 
 @dataclass(slots=True)
-class Confidence:
-    """How often a drafted token is accepted, by the probability that the draft gave to it.
-
-    The draft's account of itself is where it begins. A token that the draft chose among many is
-    often what the target chooses too, so that acceptance tends to be above it.
-    """
-
-    _offered: list[float] = field(default_factory=lambda: [0.0] * _CLASSES)  # by probability
-    _accepted: list[float] = field(default_factory=lambda: [0.0] * _CLASSES)  # fading, both
-
-    def acceptance(self, probability: float) -> float:
-        """Return the estimated probability that a token is accepted if those before it are."""
-        offered = self._offered[_class_of(probability)]
-        accepted = self._accepted[_class_of(probability)]
-        return (accepted + _OWN_TOKENS * probability) / (offered + _OWN_TOKENS)
-
-    def observe(self, probabilities: Sequence[float], accepted: int) -> None:
-        """Tell how many of the tokens drafted were accepted.
-
-        Args:
-            probabilities: That the draft gave to each.
-            accepted: Leading ones of them. The one behind was refused; nothing is known of others.
-        """
-        for place, probability in enumerate(probabilities[: accepted + 1]):
-            kind = _class_of(probability)
-            self._offered[kind] = _FADING * self._offered[kind] + 1
-            self._accepted[kind] = _FADING * self._accepted[kind] + (place < accepted)
-
-
-def _class_of(probability: float) -> int:
-    return min(int(probability * _CLASSES), _CLASSES - 1) if probability > 0 else 0  # or NaN
-
-
-@dataclass(slots=True)
 class DraftLength:
     """Chooses the draft length of each iteration, of one request after another.
 
@@ -114,8 +79,8 @@ class DraftLength:
 
     Attributes:
         expected_s: Rows -> seconds that a verification of so many is expected to take.
-        draft_s: Expected seconds of a draft step. The first of an iteration, which has the link's
-            copies beside it, is found to take longer or not.
+        draft_s: Expected seconds of a draft step. What the first of an iteration takes beyond the
+            others is learnt.
         token_s: Expected seconds for each token of a backlog that the draft has to read first.
         plain_first: Iterations that decode plainly before any drafts. They show `expected_s` what
             this memory costs, while the draft may never have to read the prompt.
@@ -139,7 +104,9 @@ class DraftLength:
     _total_s: float = 0.0
     _test_loss_s: float = 0.0
     _testing: bool = False
-    _lead_s: float = 0.0  # that the first draft step takes longer than the others
+    _lead_s: float = (
+        0.0  # what the first draft step takes beyond the others; may be less than nothing
+    )
     _backlog_s: float = 0.0
     _left: float = math.inf
     _count: int = 0
@@ -204,8 +171,8 @@ class DraftLength:
             self._accepted *= 0.97
         if drafted:
             first_s, *others = iteration.pass_s
-            for seconds in others:
-                self.draft_s = _blend(self.draft_s, seconds, 0.1)
+            for other_s in others:
+                self.draft_s = _blend(self.draft_s, other_s, 0.1)
             lead_s = first_s - self.draft_s
             if iteration.backlog > _SMALL_BACKLOG:
                 read_s = max(0.0, lead_s - self._lead_s)
@@ -220,8 +187,8 @@ class DraftLength:
     def worth_another(self, probabilities: Sequence[float]) -> bool:
         """Whether one more drafted token is expected to pay.
 
-        ``p TPOT > t_d + dt_v``: with the probability that it counts, it saves a token's time; it
-        costs a draft step and a row more.
+        ``p TPOT > t_d + dt_v``: with the probability p that all before it are accepted, it may save
+        a token's time; it costs a draft step and a row more.
 
         Args:
             probabilities: That the draft gave to each token before it.

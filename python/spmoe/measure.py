@@ -27,11 +27,12 @@ from spmoe.models.loading import (
     load_tokenizer,
     resolve_dtype,
 )
+from spmoe.pinned import pinned_budget
 from spmoe.predictor import draft_mismatch
 from spmoe.profile import Fingerprint, Profile
 from spmoe.progress import Progress, silent
 from spmoe.prompts import load_prompts
-from spmoe.runtime import Runtime, pinned_budget
+from spmoe.runtime import Runtime
 
 ROWS = (1, 2, 3, 5, 9, 17)  # of a verification
 BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once

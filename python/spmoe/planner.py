@@ -85,8 +85,8 @@ class Planner:
         self._demand_s: float | None = None  # waited for a demanded expert, nothing prefetched
         self._iterations = 0
         self._on_trial = False
-        self._waited_s: float | None = None  # for the link, by an iteration, and
-        self._modelled_s: float | None = None  # what the model of the link said of it
+        self._waited_s: float | None = None  # for the link by an iteration of late
+        self._modelled_s: float | None = None  # the same by the model of the link
         self._expected_s: dict[int, float] = {}  # rows -> what `verify_s` returned
         self._fill_share: float | None = None  # fills of the experts that are needed
         self._pool = float(shape.experts)  # as if tokens drew their experts from so few
@@ -204,7 +204,7 @@ class Planner:
     def _wait_s(self, rows: int, fills: float) -> float:
         """Return how long a verification of ``rows`` tokens waits for the link, by the model.
 
-        What was prefetched in vain is among the fills that iterations take.
+        No prediction is in vain here: ``fills`` of iterations count what was moved for those.
         """
         due = self._deadlines(rows - 1, rows)
         waits = self._waits(due, fills, read_last=False, predicted=1.0)

@@ -12,18 +12,16 @@ import torch
 
 from spmoe import _core
 from spmoe.closeable import Closeable
-from spmoe.config import format_bytes, parse_memory, parse_pinned_memory
+from spmoe.config import format_bytes, parse_memory
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
-from spmoe.machine import read_memory
+from spmoe.pinned import pinned_budget
 from spmoe.progress import Progress, silent
 
 log = logging.getLogger("spmoe")
 
 POLICIES: tuple[str, ...] = tuple(_core.prefetch_policy_names())
 EVICTIONS: tuple[str, ...] = tuple(_core.eviction_policy_names())
-
-_PINNED_SHARE = 0.8  # of the memory that is available: the system and others need some
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -50,22 +48,6 @@ def open_store(
         InvalidArgument: No tensor is an expert's.
     """
     return _core.ExpertStore([fspath(file) for file in files], list(layers), interleaved)
-
-
-def pinned_budget(pinned_memory: int | str, total_bytes: int, device: torch.device) -> int:
-    """Return how many bytes of experts may be held in page-locked memory.
-
-    Args:
-        pinned_memory: As for `Runtime`.
-        total_bytes: All experts of the model.
-        device: That copies from it.
-    """
-    if pinned_memory != "auto":
-        return parse_pinned_memory(pinned_memory, total_bytes)
-    if device.type == "cpu":
-        return 0
-    usable = read_memory().usable_bytes
-    return total_bytes if usable is None else min(total_bytes, int(usable * _PINNED_SHARE))
 
 
 class Runtime(Closeable):

@@ -104,8 +104,8 @@ def draft(
         model: The draft.
         text: Token ids so far.
         count: How many to propose at most.
-        worth_another: Asked before every token but the first, with the probability that the draft
-            gives to each that it has proposed; drafting ends when it says no.
+        worth_another: Asked after every token, with the probability that the draft gives to each
+            that it has proposed; drafting ends when it says no.
     """
     unread: Sequence[int] = text[model.length :]
     proposed: list[int] = []

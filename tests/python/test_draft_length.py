@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from spmoe.draft_length import Confidence, DraftLength, tokens_per_iteration
+from spmoe.confidence import Confidence
+from spmoe.draft_length import DraftLength, tokens_per_iteration
 
 LONGEST = 8
 ITERATIONS = 450

@@ -1,0 +1,26 @@
+"""How much page-locked memory experts may have."""
+
+from __future__ import annotations
+
+import torch
+
+from spmoe.config import parse_pinned_memory
+from spmoe.machine import read_memory
+
+_PINNED_SHARE = 0.8  # of the memory that is available: the system and others need some
+
+
+def pinned_budget(pinned_memory: int | str, total_bytes: int, device: torch.device) -> int:
+    """Return how many bytes of experts may be held in page-locked memory.
+
+    Args:
+        pinned_memory: As for `Runtime`.
+        total_bytes: All experts of the model.
+        device: That copies from it.
+    """
+    if pinned_memory != "auto":
+        return parse_pinned_memory(pinned_memory, total_bytes)
+    if device.type == "cpu":
+        return 0
+    usable = read_memory().usable_bytes
+    return total_bytes if usable is None else min(total_bytes, int(usable * _PINNED_SHARE))
