@@ -42,6 +42,13 @@ SlotIndex slots_in(const ExpertStore& store, const RuntimeOptions& options, std:
   return static_cast<SlotIndex>(std::min(slots, all));
 }
 
+/// One that moves and one behind it; of small experts more, or the link would idle while a thread
+/// that starts the next waits for a core.
+std::size_t prefetches_at_once(std::uint64_t blob_bytes) {
+  constexpr std::uint64_t wanted_bytes = std::uint64_t{4} << 20;
+  return std::clamp<std::uint64_t>((wanted_bytes + blob_bytes - 1) / blob_bytes, 2, 8);
+}
+
 std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
                                                  const RuntimeOptions& options) {
   if (const auto index = cuda_index(options.device)) {
@@ -57,6 +64,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       device_{make_device(options.device, options.link)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
+      prefetch_window_{prefetches_at_once(slot_stride_)},
       compute_{make_layer_compute(store_->format(), options)},
       rows_{store_->expert_count()},
       scheduler_{
@@ -70,7 +78,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
   index_ = std::make_unique<PinnedBuffer>(*device_, verified_index_bytes);
   tasks_.reserve(store_->expert_count());
   ready_.reserve(store_->expert_count());
-  const std::size_t fills_at_once = store_->expert_count() + prefetch_window;
+  const std::size_t fills_at_once = store_->expert_count() + prefetch_window_;
   fills_.reserve(fills_at_once);
   batches_.reserve(fills_at_once);
   ops_.reserve(fills_at_once * store_->extents({0, 0}).size());

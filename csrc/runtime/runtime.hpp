@@ -121,9 +121,6 @@ class Runtime {
   void close();
 
  private:
-  /// Prefetches on the link at a time: one that moves and one behind it, so that it never idles.
-  static constexpr std::size_t prefetch_window = 2;
-
   void require_open(std::uint16_t layer) const;
   [[nodiscard]] const ExpertStore& blobs() const;
   void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
@@ -144,6 +141,7 @@ class Runtime {
   std::unique_ptr<PinnedStore> pinned_;  // none if nothing is to be pinned
   const std::uint64_t slot_stride_;
   const SlotIndex slot_count_;
+  const std::size_t prefetch_window_;  // prefetches on the link at a time
 
   std::mutex call_mutex_;  // one forward at a time; guards the next five
   std::unique_ptr<LayerCompute> compute_;

@@ -16,8 +16,8 @@ void Runtime::start_fills() {
   }
   fills_.clear();
   std::size_t demands = 0;  // which come first
-  while (const auto fill = scheduler_.next_fill(prefetches_ < prefetch_window ? FillKind::prefetch
-                                                                              : FillKind::demand)) {
+  while (const auto fill = scheduler_.next_fill(
+             prefetches_ < prefetch_window_ ? FillKind::prefetch : FillKind::demand)) {
     ++(fill->kind == FillKind::demand ? demands : prefetches_);
     fills_.push_back(*fill);
   }

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from spmoe.confidence import Confidence
+from spmoe.fading import FadingMean, blend
 
+_NEWEST = 0.1  # weight of the newest time of a verification
 _TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
 _PRIOR_TOKENS = 8.0  # that the acceptance assumed at first weighs as much as
 _PRIOR_ACCEPTANCE = 0.8  # assumed at first
-_SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
+SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
 
 
 class Measured(Protocol):
@@ -30,8 +32,8 @@ class Measured(Protocol):
         accepted: Of these, accepted.
         probabilities: That the draft gave to each; or none.
         backlog: Tokens that the draft's first pass read beside the one that every pass reads.
-        pass_s: Seconds of each pass of the draft.
-        draft_s: Seconds of drafting.
+        pass_s: Seconds of each pass of the draft that proposed a token.
+        draft_s: Seconds of drafting, all that it took.
         verify_s: Seconds that the verification took.
     """
 
@@ -49,12 +51,6 @@ class Measured(Protocol):
     def draft_s(self) -> float: ...  # noqa: D102
     @property
     def verify_s(self) -> float: ...  # noqa: D102
-
-
-def step_s(iteration: Measured) -> float | None:
-    """Return seconds of a draft step; None if there was none that had no backlog to read."""
-    passes = iteration.pass_s[1:] if iteration.backlog > _SMALL_BACKLOG else iteration.pass_s
-    return math.fsum(passes) / len(passes) if passes else None
 
 
 def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
@@ -79,8 +75,8 @@ class DraftLength:
 
     Attributes:
         expected_s: Rows -> seconds that a verification of so many is expected to take.
-        draft_s: Expected seconds of a draft step. What the first of an iteration takes beyond the
-            others is learnt.
+        draft_s: Expected seconds of a draft step. What drafting takes beyond its steps, where it
+            begins and ends, is learnt.
         token_s: Expected seconds for each token of a backlog that the draft has to read first.
         plain_first: Iterations that decode plainly before any drafts. They show `expected_s` what
             this memory costs, while the draft may never have to read the prompt.
@@ -95,8 +91,7 @@ class DraftLength:
     longest: int = 8
     test_share: float = 0.02
 
-    _verify_s: dict[int, float] = field(default_factory=dict)  # rows -> seconds, newest weigh most
-    _times: dict[int, int] = field(default_factory=dict)  # rows -> how often they were measured
+    _verify_s: dict[int, FadingMean] = field(default_factory=dict)  # by rows
     _tried: dict[int, int] = field(default_factory=dict)  # length -> when it was chosen last
     _offered: float = _PRIOR_TOKENS  # drafted tokens that were judged, and accepted; fading
     _accepted: float = _PRIOR_TOKENS * _PRIOR_ACCEPTANCE
@@ -104,9 +99,7 @@ class DraftLength:
     _total_s: float = 0.0
     _test_loss_s: float = 0.0
     _testing: bool = False
-    _lead_s: float = (
-        0.0  # what the first draft step takes beyond the others; may be less than nothing
-    )
+    _lead_s: float = 0.0  # of drafting, beyond its steps; may be less than nothing
     _backlog_s: float = 0.0
     _left: float = math.inf
     _count: int = 0
@@ -130,7 +123,7 @@ class DraftLength:
             left: Tokens that may still be written; about half of them are taken to be.
         """
         self._testing = False
-        self._backlog_s = backlog * self.token_s if backlog > _SMALL_BACKLOG else 0.0
+        self._backlog_s = backlog * self.token_s if backlog > SMALL_BACKLOG else 0.0
         self._left = max(left / 2, 1.0)
         if self._count < self.plain_first:
             return 0
@@ -159,26 +152,13 @@ class DraftLength:
             self._test_loss_s += max(0.0, loss)
         self._count += 1
         self._total_s += seconds
-        rows = drafted + 1
-        times = self._times.get(rows, 0) + 1
-        # A plain mean of the first ten, so that one sample is not taken for the truth.
-        share = max(1 / times, 0.1)
-        self._verify_s[rows] = _blend(self._verify_s.get(rows), iteration.verify_s, share)
-        self._times[rows] = times  # last: another thread looks here first
+        self._verify_s.setdefault(drafted + 1, FadingMean(_NEWEST)).add(iteration.verify_s)
         # Acceptance is forgotten while decoding plainly too, so that few tests can revise it.
         if self._offered > _PRIOR_TOKENS:
             self._offered *= 0.97
             self._accepted *= 0.97
         if drafted:
-            first_s, *others = iteration.pass_s
-            for other_s in others:
-                self.draft_s = _blend(self.draft_s, other_s, 0.1)
-            lead_s = first_s - self.draft_s
-            if iteration.backlog > _SMALL_BACKLOG:
-                read_s = max(0.0, lead_s - self._lead_s)
-                self.token_s = _blend(self.token_s, read_s / iteration.backlog, 0.5)
-            else:
-                self._lead_s = _blend(self._lead_s, lead_s, 0.2)
+            self._observe_steps(iteration)
             judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
             self._confidence.observe(iteration.probabilities, iteration.accepted)
             self._offered += judged
@@ -187,13 +167,13 @@ class DraftLength:
     def worth_another(self, probabilities: Sequence[float]) -> bool:
         """Whether one more drafted token is expected to pay.
 
-        ``p TPOT > t_d + dt_v``: with the probability p that all before it are accepted, it may save
-        a token's time; it costs a draft step and a row more.
+        ``p TPOT > t_d + dt_v``: with the probability p that it is accepted, and all before it, it
+        saves a token's time; it costs a draft step and a row more.
 
         Args:
             probabilities: That the draft gave to each token before it.
         """
-        counts = math.prod(map(self._confidence.acceptance, probabilities))
+        counts = self.acceptance * math.prod(map(self._confidence.acceptance, probabilities))
         best = self._best()
         deep = max(best, 2)
         row_s = max(0.0, (self._verify_at(deep + 1) - self._verify_at(2)) / (deep - 1))
@@ -206,13 +186,23 @@ class DraftLength:
 
         return min(range(self.longest + 1), key=cost)
 
+    def _observe_steps(self, iteration: Measured) -> None:
+        first_s, *others = iteration.pass_s
+        reads = iteration.backlog > SMALL_BACKLOG
+        # One step alone does not tell what is its own; both may be what has changed.
+        for step_s in others if others or reads else [first_s - self._lead_s]:
+            self.draft_s = blend(self.draft_s, step_s, 0.1)
+        lead_s = iteration.draft_s - math.fsum(others) - self.draft_s
+        if reads:
+            read_s = max(0.0, lead_s - self._lead_s)
+            self.token_s = blend(self.token_s, read_s / iteration.backlog, 0.5)
+        else:
+            self._lead_s = blend(self._lead_s, lead_s, 0.2)
+
     def _verify_at(self, rows: int) -> float:
-        expected = self.expected_s(rows)
-        times = self._times.get(rows, 0)
-        if not times:
-            return expected
-        return _blend(expected, self._verify_s[rows], times / (times + _TRUSTED_TIMES))
-
-
-def _blend(old: float | None, new: float, share: float) -> float:
-    return new if old is None else old + share * (new - old)
+        expected_s = self.expected_s(rows)
+        measured = self._verify_s.get(rows)
+        if measured is None or not measured.count or measured.value is None:
+            return expected_s
+        trust = measured.count / (measured.count + _TRUSTED_TIMES)
+        return blend(expected_s, measured.value, trust)

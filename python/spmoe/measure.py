@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once
 _ESTIMATE_CONTEXT = 16  # tokens
 _MEASURE_TOKENS = 64  # of the text that layers are measured on
 _LINK_SLOTS = 16  # of the small pool that the link is measured with
+_LOSS_SAMPLES = 5  # a round, of what a prefetch takes: a difference of noisy times
 
 
 def make_profile(
@@ -185,7 +187,8 @@ def measure(
         samples: dict[tuple[str, int], list[float]] = {key: [] for key in samplers}
         for number in range(repeats + 1):
             for key, sampler in samplers.items():
-                samples[key].append(next(sampler))
+                count = _LOSS_SAMPLES if key[0] == "prefetch_s" and rows else 1
+                samples[key] += itertools.islice(sampler, count)
             report("measuring costs", number, repeats)
     # The first round prepares: pages are touched, kernels chosen.
     medians = {key: statistics.median(values[1:]) for key, values in samples.items()}

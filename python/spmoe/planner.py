@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spmoe.costs import Costs
 from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
-from spmoe.draft_length import Measured, step_s
+from spmoe.draft_length import SMALL_BACKLOG, Measured
+from spmoe.fading import FadingMean, blend
 
 PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
 
@@ -85,13 +87,16 @@ class Planner:
         self._demand_s: float | None = None  # waited for a demanded expert, nothing prefetched
         self._iterations = 0
         self._on_trial = False
-        self._waited_s: float | None = None  # for the link by an iteration of late
-        self._modelled_s: float | None = None  # the same by the model of the link
+        # What iterations of late waited for the link, and the same by the model of it; by whether
+        # anything was prefetched.
+        self._waited_s = {kind: FadingMean(_NEWEST) for kind in (False, True)}
+        self._modelled_s = {kind: FadingMean(_NEWEST) for kind in (False, True)}
         self._expected_s: dict[int, float] = {}  # rows -> what `verify_s` returned
-        self._fill_share: float | None = None  # fills of the experts that are needed
+        self._fill_share = FadingMean(_NEWEST)  # fills of the experts that are needed
         self._pool = float(shape.experts)  # as if tokens drew their experts from so few
         self._last_rows = 0
-        self._recall: dict[bool, float] = {}  # by whether the draft read its last token
+        # By whether the draft read its last token.
+        self._recall = {kind: FadingMean(_NEWEST) for kind in (False, True)}
         self._predicted = 1.0  # experts, right or wrong, for each that is needed
         self._measured_rows: set[int] = set()
 
@@ -129,25 +134,23 @@ class Planner:
         self._expected_s.clear()
         compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
         self.costs = replace(self.costs, layer_s=self._with_layer(rows, compute_s))
-        draft_s = self.costs.draft_s
-        if (step := step_s(iteration)) is not None:
-            draft_s = _blend(draft_s or None, step)
-        self.costs = replace(self.costs, draft_s=draft_s)
+        if (step_s := _step_s(iteration)) is not None:
+            known_s = self.costs.draft_s or step_s
+            self.costs = replace(self.costs, draft_s=blend(known_s, step_s, _NEWEST))
         fills = grown["link_bytes"] / self.costs.expert_bytes
         needed = grown["hits"] + grown["late"] + grown["misses"]
         if needed:
-            self._fill_share = _blend(self._fill_share, fills / needed)
+            self._fill_share.add(fills / needed)
             self._observe_routing(rows, needed, grown["repeated"])
-        if not (self._on_trial and self._prefetches()):
-            self._modelled_s = _blend(self._modelled_s, self._wait_s(rows, fills))
-            self._waited_s = _blend(self._waited_s, grown["stall_s"])
+        prefetched = self._prefetches() and not self._on_trial
+        self._modelled_s[prefetched].add(self._wait_s(rows, fills, prefetched=prefetched))
+        self._waited_s[prefetched].add(grown["stall_s"])
         if self._on_trial and (waits := grown["misses"] + grown["late"]):
             self._demand_s = grown["stall_s"] / waits
         if grown["predicted_needs"]:
-            recall = grown["recalled"] / grown["predicted_needs"]
-            self._recall[read_last] = _blend(self._recall.get(read_last), recall)
+            self._recall[read_last].add(grown["recalled"] / grown["predicted_needs"])
             predicted = grown["critical"] / grown["predicted_needs"]
-            self._predicted = _blend(self._predicted, predicted)
+            self._predicted = blend(self._predicted, predicted, _NEWEST)
 
     @property
     def draft_s(self) -> float:
@@ -166,12 +169,15 @@ class Planner:
         known = self._expected_s.get(rows)
         if known is not None:
             return known
-        wait_s = self._wait_s(rows, self._fills(rows))
-        if self._waited_s is not None and self._modelled_s is not None:
-            if self._waited_s < self._modelled_s:
-                wait_s *= self._waited_s / self._modelled_s
+        prefetches = self._prefetches()
+        wait_s = self._wait_s(rows, self._fills(rows), prefetched=prefetches)
+        waited_s = self._waited_s[prefetches].value
+        modelled_s = self._modelled_s[prefetches].value
+        if waited_s is not None and modelled_s is not None:
+            if waited_s < modelled_s:
+                wait_s *= waited_s / modelled_s
             else:
-                wait_s += self._waited_s - self._modelled_s
+                wait_s += waited_s - modelled_s
         expected_s = self.shape.layers * self.costs.layer_at(rows) + wait_s
         self._expected_s[rows] = expected_s  # another thread's `observe` may clear it at once
         return expected_s
@@ -197,18 +203,23 @@ class Planner:
             [fills / self.shape.layers] * self.shape.layers,
             self.costs,
             free_bytes=self.shape.memory_bytes,
-            recall=min(self._recall.get(read_last, 1.0), predicted),
+            recall=min(self._recall_of(read_last), predicted),
             predicted=predicted,
         )
 
-    def _wait_s(self, rows: int, fills: float) -> float:
+    def _recall_of(self, read_last: bool) -> float:
+        """Return recall of late; until it was tried, every expert is taken to be foreseen."""
+        recall = self._recall[read_last].value
+        return 1.0 if recall is None else recall
+
+    def _wait_s(self, rows: int, fills: float, *, prefetched: bool) -> float:
         """Return how long a verification of ``rows`` tokens waits for the link, by the model.
 
         No prediction is in vain here: ``fills`` of iterations count what was moved for those.
         """
         due = self._deadlines(rows - 1, rows)
         waits = self._waits(due, fills, read_last=False, predicted=1.0)
-        return min(waits) if self._prefetches() else waits[0]
+        return min(waits) if prefetched else waits[0]
 
     def _with_layer(self, rows: int, compute_s: float) -> dict[int, float]:
         """Return `Costs.layer_s` with another sample at ``rows``.
@@ -216,7 +227,8 @@ class Planner:
         What was not measured by iterations yet moves in proportion.
         """
         expected = self.costs.layer_at(rows)
-        newest = _blend(expected if rows in self._measured_rows else None, compute_s)
+        measured = rows in self._measured_rows
+        newest = blend(expected, compute_s, _NEWEST) if measured else compute_s
         ratio = newest / expected if expected > 0 else 1.0
         self._measured_rows.add(rows)
         return {
@@ -238,7 +250,7 @@ class Planner:
             pool = min(k * needed / repeated, experts) if repeated else experts
         self._last_rows = rows
         if pool is not None:
-            self._pool = _blend(self._pool, pool)
+            self._pool = blend(self._pool, pool, _NEWEST)
 
     def _needs(self, rows: int) -> float:
         """Return experts that ``rows`` tokens are expected to need in all layers."""
@@ -246,23 +258,17 @@ class Planner:
 
     def _fills(self, rows: int) -> float:
         """Return how many fills an iteration of ``rows`` rows is expected to need."""
-        share = self._fill_share
+        share = self._fill_share.value
         if share is None:
             everything = self.shape.layers * self.shape.experts * self.costs.expert_bytes
             share = max(0.0, 1 - self.shape.memory_bytes / everything)
         return share * self._needs(rows)
 
     def _last_token_pays(self, draft_length: int) -> bool:
-        """Whether what the draft's last token adds to recall saves more than a draft step.
-
-        Until it was tried, it is expected to foresee every expert.
-        """
-        if False not in self._recall:
-            return False
-        gain = self._recall.get(True, 1.0) - self._recall[False]
-        return (
-            gain * self._fills(draft_length + 1) * self.costs.expert_copy_s() > self.costs.draft_s
-        )
+        """Whether what the draft's last token adds to recall saves more than a draft step."""
+        gain = self._recall_of(True) - self._recall_of(False)
+        fills = self._fills(draft_length + 1)
+        return gain * fills * self.costs.expert_copy_s() > self.costs.draft_s
 
 
 def _distinct(pool: float, k: int, rows: int) -> float:
@@ -282,5 +288,7 @@ def _pool_of(distinct: float, k: int, rows: int, experts: float) -> float:
     return high
 
 
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else old + _NEWEST * (new - old)
+def _step_s(iteration: Measured) -> float | None:
+    """Return seconds of a draft step; None if there was none that had no backlog to read."""
+    passes = iteration.pass_s[1:] if iteration.backlog > SMALL_BACKLOG else iteration.pass_s
+    return math.fsum(passes) / len(passes) if passes else None

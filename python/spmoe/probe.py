@@ -77,6 +77,8 @@ def target_layers(
 def copies(runtime: Runtime, batch: int) -> Iterator[float]:
     """Yield seconds that the link takes for ``batch`` experts that one layer demands.
 
+    What is resident takes no time: it yields 0 if all are.
+
     Args:
         runtime: With fewer slots than the model has experts.
         batch: No more than a layer has, nor than there are slots.
@@ -84,14 +86,20 @@ def copies(runtime: Runtime, batch: int) -> Iterator[float]:
     store = runtime.store
     x = torch.zeros(batch, store.hidden, device=runtime.device)
     weights = torch.ones(batch, 1, device=runtime.device)
-    for layer, experts in _tour(runtime, batch):
-        before = runtime.stats(by_layer=False)
-        runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
-        _settle(runtime)
-        after = runtime.stats(by_layer=False)
-        moved = (after["link_bytes"] - before["link_bytes"]) / store.blob_bytes
-        busy_s = after["link_busy_s"] - before["link_busy_s"]
-        yield busy_s * batch / moved if moved else 0.0  # what is resident takes no time
+    tour = _tour(runtime, batch)
+    round_length = store.layer_count * (store.expert_count // batch)
+    while True:
+        seconds = 0.0
+        for layer, experts in itertools.islice(tour, round_length):
+            before = runtime.stats(by_layer=False)
+            runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
+            _settle(runtime)
+            after = runtime.stats(by_layer=False)
+            moved = (after["link_bytes"] - before["link_bytes"]) / store.blob_bytes
+            if moved:
+                seconds = (after["link_busy_s"] - before["link_busy_s"]) * batch / moved
+                break
+        yield seconds
 
 
 def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object]) -> Iterator[float]:

@@ -47,8 +47,8 @@ class Iteration:
         drafted: Tokens that the draft proposed.
         probabilities: That the draft gave to each, if it was asked whether another is worth it.
         backlog: Tokens that the draft's first pass read beside the one that every pass reads.
-        pass_s: Seconds of each pass of the draft.
-        draft_s: Seconds of drafting.
+        pass_s: Seconds of each pass of the draft that proposed a token.
+        draft_s: Seconds of drafting, all that it took.
         verify_s: Seconds that the target's pass took.
         end_s: When it ended, in seconds of `time.perf_counter`.
     """
@@ -190,9 +190,7 @@ def decode(
             # The bonus token takes one of the places that are left.
             proposed = draft(drafter, text, min(wanted, left - 1), worth_another=worth_another)
             if proposed.tokens and read_last():
-                before = time.perf_counter()
                 drafter.read(proposed.tokens[-1:], last=0)
-                proposed.pass_s.append(time.perf_counter() - before)
         drafted = time.perf_counter()
         logits = verify(target, text[-1], proposed.tokens)
         tokens = accept(proposed.tokens, logits)

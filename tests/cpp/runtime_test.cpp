@@ -272,6 +272,18 @@ TEST(Runtime, a_prefetch_that_the_router_did_not_choose_gives_the_link_to_the_de
   EXPECT_EQ(moved(total(runtime)), runtime.stats().link.bytes);
 }
 
+TEST(Runtime, several_prefetches_of_small_experts_are_on_the_link_at_a_time) {
+  RuntimeOptions slow = options(all_slots);
+  slow.experts_per_token = expert_count;
+  slow.policies.prefetch = "sp-moe";
+  slow.link.link_gbps = 1e-6;  // none lands meanwhile
+  Runtime runtime{store(), slow};
+  const std::vector<float> chosen(expert_count, 1.5F);
+  for (std::uint16_t layer = 0; layer < layer_count; ++layer) runtime.predict(layer, chosen);
+  EXPECT_EQ(runtime.stats().queue_depth, layer_count * expert_count - 8u);
+  runtime.end_iteration(0);  // or closing would wait for all
+}
+
 TEST(Runtime, gives_the_same_bits_from_a_file) {
   const auto in_file = std::make_shared<FakeStore>(format, layer_count, expert_count);
   in_file->move_to_file();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +29,11 @@ class Sample:
     verify_s: float
     backlog: int = 0
     probabilities: Sequence[float] = ()
+    beyond_s: float = 0.0  # of drafting, beyond its passes
 
     @property
     def draft_s(self) -> float:
-        return math.fsum(self.pass_s)
+        return math.fsum(self.pass_s) + self.beyond_s
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,29 @@ class TestBacklog:
         assert long == pytest.approx(0.1 + 0.06, rel=0.01)
         assert longer - long == pytest.approx(0.01, rel=0.05)
 
+    def test_a_first_step_that_is_the_fastest_counts_as_one(self) -> None:
+        lengths = DraftLength(lambda rows: 0.1, draft_s=0.03)
+        for _ in range(60):
+            lengths.observe(Sample(2, 2, [0.01, 0.03], verify_s=0.1))
+        seconds = lengths.seconds_per_token(4) * tokens_per_iteration(lengths.acceptance, 4)
+        assert seconds == pytest.approx(0.1 + 4 * 0.03, rel=0.01)  # a lead is no gift
+
+    def test_one_step_at_a_time_tells_what_steps_take(self) -> None:
+        lengths = DraftLength(lambda rows: 0.1, draft_s=0.01)
+        for _ in range(100):
+            lengths.observe(Sample(1, 1, [0.04], verify_s=0.1))
+        assert 0.02 < lengths.draft_s <= 0.04  # the step's or the beginning's: both
+        seconds = lengths.seconds_per_token(1) * tokens_per_iteration(lengths.acceptance, 1)
+        assert seconds == pytest.approx(0.1 + 0.04, rel=0.01)
+
+    def test_what_drafting_takes_beyond_its_steps_counts_once(self) -> None:
+        lengths = DraftLength(lambda rows: 0.1, draft_s=0.01)
+        for _ in range(60):  # its last token is read too, to predict experts for it
+            lengths.observe(Sample(3, 3, [0.01] * 3, verify_s=0.1, beyond_s=0.02))
+        assert lengths.draft_s == pytest.approx(0.01)
+        seconds = lengths.seconds_per_token(5) * tokens_per_iteration(lengths.acceptance, 5)
+        assert seconds == pytest.approx(0.1 + 0.05 + 0.02, rel=0.01)
+
     @staticmethod
     def settings(regime: Regime) -> tuple[Callable[[int], float], float, float]:
         return regime.verify_s, regime.draft_s, regime.token_s
@@ -292,7 +317,7 @@ class TestWorthAnother:
             passes = [regime.draft_s] * length
             lengths.observe(Sample(length, accepted, passes, regime.verify_s(length + 1)))
         best = min(lengths.seconds_per_token(length) for length in range(LONGEST + 1))
-        edge = 0.06 / best
+        edge = 0.06 / best / lengths.acceptance  # it has to be accepted itself
         assert 0 < edge < 1
         assert lengths.worth_another([edge * 1.01])
         assert not lengths.worth_another([edge * 0.99])
@@ -318,6 +343,24 @@ def test_tokens_behind_the_first_refusal_say_nothing_about_acceptance() -> None:
     for _ in range(200):
         lengths.observe(Sample(drafted=8, accepted=1, pass_s=[0.01] * 8, verify_s=0.1))
     assert lengths.acceptance == pytest.approx(0.5, abs=0.01)  # one accepted, one refused
+
+
+def test_threads_that_share_what_is_learnt_do_not_meet_what_is_half_known() -> None:
+    lengths = DraftLength(lambda rows: 0.1 + 0.01 * rows, draft_s=0.01)
+
+    def decode(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(1500):
+            length = lengths.choose(left=100)
+            lengths.worth_another([0.9] * length)
+            accepted = chance.randint(0, length)
+            passes = [0.01 * chance.random() for _ in range(length)]
+            lengths.observe(Sample(length, accepted, passes, 0.1, probabilities=[0.9] * length))
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(decode, seed) for seed in range(4)]:
+            done.result()
+    assert 0 < lengths.acceptance < 1
 
 
 class TestConfidence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,57 @@ class TestLossless:
                 for seed in range(3):
                     other.runtime.inject(delay_seed=seed, max_delay_us=200)
                     assert torch.equal(logits(other), wanted)
+
+
+@pytest.fixture(scope="module")
+def auto(target_path: Path) -> Iterator[spmoe.Engine]:
+    # On a link so slow that it pays to verify several tokens at once.
+    with spmoe.load(
+        target_path,
+        target_path,
+        expert_memory="20%",
+        draft_length="auto",
+        policy="horizon",
+        link_gbps=0.005,
+    ) as engine:
+        yield engine
+
+
+class TestAutoDraftLength:
+    """`draft_length="auto"`, from loading to text."""
+
+    def test_it_drafts_where_that_pays_and_writes_the_same(
+        self, auto: spmoe.Engine, expected: list[int]
+    ) -> None:
+        results = [auto.generate(PROMPT, max_new_tokens=NEW_TOKENS) for _ in range(2)]
+        assert [result.token_ids for result in results] == [expected] * 2
+        first, second = (result.stats for result in results)
+        assert first.drafted > 0
+        assert second.iterations < first.iterations  # which decodes plainly at first
+
+    def test_a_request_may_ask_for_another_length(
+        self, auto: spmoe.Engine, expected: list[int]
+    ) -> None:
+        for length in (0, 2):
+            result = auto.generate(PROMPT, max_new_tokens=NEW_TOKENS, draft_length=length)
+            assert result.token_ids == expected
+            assert (result.stats.drafted > 0) == (length > 0)
+
+    def test_requests_of_two_threads_share_what_it_learns(
+        self, auto: spmoe.Engine, expected: list[int]
+    ) -> None:
+        def write(_: int) -> list[int]:
+            return auto.generate(PROMPT, max_new_tokens=NEW_TOKENS).token_ids
+
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(write, range(4))) == [expected] * 4
+
+    def test_costs_that_were_not_measured_are_asked_for(self, target_path: Path) -> None:
+        with (
+            spmoe.load(target_path, target_path, policy="on-demand", draft_length=4) as engine,
+            pytest.raises(spmoe.InvalidArgument, match=r'give draft_length="auto" to spmoe\.load'),
+        ):
+            engine.generate(PROMPT, draft_length="auto")
 
 
 class TestRequests:

@@ -227,6 +227,33 @@ class TestVerification:
         assert it.verify_s(5) == pytest.approx(0.060, rel=1e-3)
         assert it.verify_s(1) == pytest.approx(0.060 + 0.001, rel=1e-2)
 
+    def test_the_first_iteration_weighs_no_more_than_those_behind_it(self) -> None:
+        it = planner(policy="on-demand")
+        for fills in (61, 20, 20):  # the first fills what the prompt evicted
+            stalled = grown(fills=fills, stall_s=fills * 0.001)
+            it.observe(Iteration(verify_s=0.05 + fills * 0.001), stalled, read_last=False)
+        assert it.verify_s(5) == pytest.approx(0.05 + 0.101 / 3, rel=1e-3)
+
+    def test_waits_with_prefetches_say_nothing_of_waits_without(self) -> None:
+        it = planner(policy="horizon")
+        assert it.limits(4).break_even == 1  # the trial: nothing is prefetched
+        it.observe(
+            Iteration(verify_s=0.080), grown(fills=30, waits=30, stall_s=0.030), read_last=False
+        )
+        prefetched = it.verify_s(5)  # nothing is known of such iterations but the model
+        assert prefetched == pytest.approx(0.050, rel=1e-3)
+        for _ in range(31):
+            it.limits(4)
+            it.observe(Iteration(verify_s=0.055), grown(fills=30, stall_s=0.005), read_last=False)
+        assert it.verify_s(5) == pytest.approx(0.055, rel=1e-3)
+        assert it.limits(4).break_even == 1
+        it.observe(
+            Iteration(verify_s=0.056), grown(fills=30, waits=30, stall_s=0.006), read_last=False
+        )
+        assert it.limits(4).break_even == 1  # hardly waited for: from here on nothing is prefetched
+        # The model says 30; trials waited 30 and 6.
+        assert it.verify_s(5) == pytest.approx(0.050 + 0.018, rel=1e-2)
+
     def test_other_rows_follow_the_measured_ones_in_proportion(self) -> None:
         it = Planner(
             replace(COSTS, layer_s={1: 0.004, 5: 0.008}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_experts_that_are_all_resident_take_no_time(target_path: Path) -> None:
         everything = runtime.store.layer_count * runtime.store.expert_count
         assert [next(copies) for _ in range(everything)][-1] == 0.0
         assert next(losses) == 0.0
+
+
+def test_what_another_sampler_left_resident_is_passed_over(target_path: Path) -> None:
+    target = load_target(target_path)
+    with target.open_runtime(expert_memory="50%", policy="sp-moe") as runtime:
+        copies = probe.copies(runtime, 2)
+        losses = probe.losses(runtime, target.experts_per_token, lambda: time.sleep(0.02))
+        for _ in range(12):
+            assert next(copies) > 0
+            for _ in range(5):
+                next(losses)
 
 
 def test_a_kept_profile_is_found(made: Profile) -> None:

@@ -110,9 +110,10 @@ def test_an_iteration_tells_the_drafts_passes_and_what_they_had_to_read_first() 
         asked.append((backlog, left))
         return 0 if len(asked) == 1 else 2
 
+    drafter = TableModel(5)
     decoding = speculative.decode(
         TableModel(5),
-        TableModel(5),
+        drafter,
         [1, 2, 3],
         draft_length=lengths,
         max_length=12,
@@ -120,7 +121,8 @@ def test_an_iteration_tells_the_drafts_passes_and_what_they_had_to_read_first() 
     )
     _, plain, *drafted = decoding
     assert (plain.backlog, len(plain.pass_s)) == (3, 0)
-    assert [(it.backlog, len(it.pass_s)) for it in drafted] == [(4, 2), (1, 3), (0, 0)]
+    assert [(it.backlog, len(it.pass_s)) for it in drafted] == [(4, 2), (1, 2), (0, 0)]
+    assert drafter.reads == [5, 1, 2, 1, 1]  # its last token too, which is no pass
     assert asked == [(3, 8), (4, 7), (1, 4), (0, 1)]
 
 
