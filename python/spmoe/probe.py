@@ -112,7 +112,6 @@ def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object])
     """
     store = runtime.store
     tour = _tour(runtime, experts_per_token)
-    rounds = runtime.stats(by_layer=False)["slots"] // experts_per_token
     start = time.perf_counter()
     work()
     times = max(1, round(_MIN_WORK_S / (time.perf_counter() - start)))
@@ -126,15 +125,26 @@ def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object])
     while True:
         alone = seconds()
         before = runtime.stats(by_layer=False)["link_bytes"]
-        runtime.end_iteration()
-        for layer, experts in itertools.islice(tour, rounds):
-            scores = torch.zeros(store.expert_count)
-            scores[list(experts)] = 2.0  # selected
-            runtime.predict(layer, scores)
+        _prefetch(runtime, tour, experts_per_token)
         beside = seconds()
         moved = (runtime.stats(by_layer=False)["link_bytes"] - before) / store.blob_bytes
         _settle(runtime)
         yield max(0.0, beside - alone) / moved if moved else 0.0
+
+
+def rates(runtime: Runtime, experts_per_token: int) -> Iterator[float]:
+    """Yield the rate at which the link fills all slots, nothing computed beside, 10^9 bytes/s.
+
+    Arguments as for `losses`. What is resident takes no time: it yields 0 if all are.
+    """
+    tour = _tour(runtime, experts_per_token)
+    while True:
+        before = runtime.stats(by_layer=False)
+        _prefetch(runtime, tour, experts_per_token)
+        _settle(runtime)
+        after = runtime.stats(by_layer=False)
+        moved = after["link_bytes"] - before["link_bytes"]
+        yield moved / (after["link_busy_s"] - before["link_busy_s"]) / 1e9 if moved else 0.0
 
 
 def _choose(logits: torch.Tensor) -> None:
@@ -148,6 +158,18 @@ def _tour(runtime: Runtime, batch: int) -> Iterator[tuple[int, list[int]]]:
     for start in itertools.cycle(range(0, store.expert_count - batch + 1, batch)):
         for layer in range(store.layer_count):
             yield layer, list(range(start, start + batch))
+
+
+def _prefetch(
+    runtime: Runtime, tour: Iterator[tuple[int, list[int]]], experts_per_token: int
+) -> None:
+    """Have experts of ``tour`` prefetched, as many as there are slots."""
+    runtime.end_iteration()
+    rounds = runtime.stats(by_layer=False)["slots"] // experts_per_token
+    for layer, experts in itertools.islice(tour, rounds):
+        scores = torch.zeros(runtime.store.expert_count)
+        scores[list(experts)] = 2.0  # selected
+        runtime.predict(layer, scores)
 
 
 def _settle(runtime: Runtime) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -61,6 +62,14 @@ def test_experts_that_are_all_resident_take_no_time(target_path: Path) -> None:
         everything = runtime.store.layer_count * runtime.store.expert_count
         assert [next(copies) for _ in range(everything)][-1] == 0.0
         assert next(losses) == 0.0
+        assert list(itertools.islice(probe.rates(runtime, 1), 4))[-1] == 0.0
+
+
+def test_a_link_alone_is_as_fast_as_it_is_paced(target_path: Path) -> None:
+    target = load_target(target_path)
+    with target.open_runtime(expert_memory="50%", policy="sp-moe", link_gbps=0.01) as runtime:
+        rates = itertools.islice(probe.rates(runtime, target.experts_per_token), 5)
+        assert max(rates) == pytest.approx(0.01, rel=0.03)
 
 
 def test_what_another_sampler_left_resident_is_passed_over(target_path: Path) -> None:
