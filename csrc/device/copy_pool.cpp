@@ -82,28 +82,28 @@ void CopyPool::stop() {
 
 CopyPool::Batch& CopyPool::add(Channel& channel, const CopyBatch& copies) {
   if (free_.empty()) {
-    free_.reserve(batches_.size() + 1);  // all may be free at once
     free_.push_back(batches_.emplace_back(std::make_unique<Batch>()).get());
   }
-  Batch& batch = *free_.back();  // still, until nothing can throw any more
-  batch.ops.clear();
-  for (const CopyOp& op : copies.ops) {
-    if (op.src.bytes > 0) batch.ops.push_back(op);
-  }
-  channel.open_.push_back(&batch);
-  batch.submitted = Clock::now();
-  if (!busy()) busy_from_ = batch.submitted;
+  const auto now = Clock::now();
+  if (!busy()) busy_from_ = now;
+  Batch& batch = *free_.back();
   free_.pop_back();
   batch.channel = &channel;
   batch.fence = channel.next_++;
   batch.priority = channel.priority_;
   batch.after = copies.after;
+  batch.submitted = now;
+  batch.ops.clear();
+  for (const CopyOp& op : copies.ops) {
+    if (op.src.bytes > 0) batch.ops.push_back(op);
+  }
   batch.next_op = 0;
   batch.next_byte = 0;
   batch.withdrawn = batch.issued = false;
   batch.bytes_moved = 0;
   batch.prefetched = prefetch_started_ - prefetch_active_;
   batch.error.clear();
+  channel.open_.push_back(&batch);
   return batch;
 }
 

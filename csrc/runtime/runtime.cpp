@@ -42,11 +42,13 @@ SlotIndex slots_in(const ExpertStore& store, const RuntimeOptions& options, std:
   return static_cast<SlotIndex>(std::min(slots, all));
 }
 
-/// One that moves and one behind it; of small experts more, or the link would idle while a thread
-/// that starts the next waits for a core.
-std::size_t prefetches_at_once(std::uint64_t blob_bytes) {
+/// Prefetches on the link at a time: one that moves and one behind it; of small experts more, or
+/// the link idles while the thread that starts the next waits for a core. A slot that is being
+/// filled is nobody's victim, so that few slots allow few.
+std::size_t prefetches_at_once(std::uint64_t stride, SlotIndex slots) {
   constexpr std::uint64_t wanted_bytes = std::uint64_t{4} << 20;
-  return std::clamp<std::uint64_t>((wanted_bytes + blob_bytes - 1) / blob_bytes, 2, 8);
+  const std::uint64_t most = std::clamp<std::uint64_t>(slots / 4, 2, 8);
+  return std::clamp<std::uint64_t>((wanted_bytes + stride - 1) / stride, 2, most);
 }
 
 std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
@@ -64,7 +66,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       device_{make_device(options.device, options.link)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
-      prefetch_window_{prefetches_at_once(slot_stride_)},
+      prefetch_window_{prefetches_at_once(slot_stride_, slot_count_)},
       compute_{make_layer_compute(store_->format(), options)},
       rows_{store_->expert_count()},
       scheduler_{

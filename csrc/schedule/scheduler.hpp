@@ -157,6 +157,7 @@ class Scheduler {
   void forget_fill(SlotIndex slot);
   void read_ahead(std::uint16_t layer);
   [[nodiscard]] std::optional<SlotIndex> find_victim(FillKind incoming);
+  void keep_latest_needed();  // of the candidates
   [[nodiscard]] bool may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const;
   [[nodiscard]] std::size_t find_startable(FillKind at_least);
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <ranges>
 #include <utility>
 
 #include "schedule/scheduler.hpp"
@@ -12,7 +13,8 @@ constexpr std::size_t none = static_cast<std::size_t>(-1);
 }  // namespace
 
 std::optional<SlotIndex> Scheduler::find_victim(FillKind incoming) {
-  // What was prefetched for the pass under way leaves last, and never for another prefetch.
+  // What was prefetched for the pass under way leaves last, and never for another prefetch; of it
+  // first what is needed last, which can still be brought back in time.
   for (const bool spare_fresh : {true, false}) {
     candidates_.clear();
     for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
@@ -21,10 +23,20 @@ std::optional<SlotIndex> Scheduler::find_victim(FillKind incoming) {
       if (spare_fresh && fills_[slot].fresh) continue;
       candidates_.push_back({slot, it.expert});
     }
+    if (!spare_fresh) keep_latest_needed();
     if (!candidates_.empty()) return eviction_->victim(candidates_, next_layer_);
     if (incoming == FillKind::prefetch) break;
   }
   return std::nullopt;
+}
+
+void Scheduler::keep_latest_needed() {
+  const auto layers_until_use = [this](const Candidate& c) {
+    return (c.resident.layer + shape_.layer_count - next_layer_) % shape_.layer_count;
+  };
+  if (candidates_.empty()) return;
+  const int latest = std::ranges::max(candidates_ | std::views::transform(layers_until_use));
+  std::erase_if(candidates_, [&](const Candidate& c) { return layers_until_use(c) < latest; });
 }
 
 bool Scheduler::may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const {

@@ -187,10 +187,10 @@ class DraftLength:
         return min(range(self.longest + 1), key=cost)
 
     def _observe_steps(self, iteration: Measured) -> None:
-        first_s, *others = iteration.pass_s
+        others = iteration.pass_s[1:]
         reads = iteration.backlog > SMALL_BACKLOG
-        # One step alone does not tell what is its own; both may be what has changed.
-        for step_s in others if others or reads else [first_s - self._lead_s]:
+        # A single step cannot be told from the lead: both move.
+        for step_s in others if others or reads else [iteration.draft_s - self._lead_s]:
             self.draft_s = blend(self.draft_s, step_s, 0.1)
         lead_s = iteration.draft_s - math.fsum(others) - self.draft_s
         if reads:
@@ -202,7 +202,7 @@ class DraftLength:
     def _verify_at(self, rows: int) -> float:
         expected_s = self.expected_s(rows)
         measured = self._verify_s.get(rows)
-        if measured is None or not measured.count or measured.value is None:
+        if measured is None or measured.value is None:  # another thread is about to add the first
             return expected_s
         trust = measured.count / (measured.count + _TRUSTED_TIMES)
         return blend(expected_s, measured.value, trust)

@@ -30,4 +30,4 @@ class FadingMean:
         """Add the newest value."""
         mean = value if self.value is None else self.value
         self.value = blend(mean, value, max(1 / (self.count + 1), self.newest))
-        self.count += 1  # last: another thread looks here first
+        self.count += 1

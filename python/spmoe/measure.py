@@ -133,7 +133,7 @@ def measure(
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Costs, dict[str, float]]:
-    """Measure a pair on this machine, a sample of each cost in turn, so that drift hits all alike.
+    """Measure a pair on this machine, costs taking turns, so that drift hits all alike.
 
     Args:
         target: If layers are measured, a runtime that is closed by then is attached afterwards.
@@ -141,7 +141,7 @@ def measure(
         tokens: A text, longer than the most rows.
         expert_memory: To measure layers in, as for `Runtime`; larger is truer, since their experts
             should be resident.
-        repeats: Samples of each cost.
+        repeats: Rounds in which each cost is sampled; what a prefetch takes five times.
         rows: Of a verification; none: a layer is taken to cost what one of the draft does.
         batches: Experts that a layer demands at once.
         device: As for `Runtime`.
@@ -184,16 +184,18 @@ def measure(
         for at in sorted({min(batch, largest) for batch in batches}):
             samplers["copy_s", at] = probe.copies(small, at)
         samplers["prefetch_s", 0] = probe.losses(small, target.experts_per_token, work)
+        # Five take too long for an estimate.
+        counts = {"prefetch_s": _LOSS_SAMPLES} if rows else {}
         samples: dict[tuple[str, int], list[float]] = {key: [] for key in samplers}
         for number in range(repeats + 1):
             for key, sampler in samplers.items():
-                count = _LOSS_SAMPLES if key[0] == "prefetch_s" and rows else 1
-                samples[key] += itertools.islice(sampler, count)
+                taken = list(itertools.islice(sampler, counts.get(key[0], 1)))
+                if number > 0:  # the first round prepares: pages are touched, kernels chosen
+                    samples[key] += taken
             report("measuring costs", number, repeats)
-    # The first round prepares: pages are touched, kernels chosen.
-    medians = {key: statistics.median(values[1:]) for key, values in samples.items()}
+    medians = {key: statistics.median(values) for key, values in samples.items()}
     # A prefetch that does not pay is worse than none, and this difference is the noisiest sample.
-    medians["prefetch_s", 0] += _standard_error(samples["prefetch_s", 0][1:])
+    medians["prefetch_s", 0] += _standard_error(samples["prefetch_s", 0])
     by_name: dict[str, dict[int, float]] = {"layer_s": {}, "copy_s": {}}
     for (name, at), seconds in medians.items():
         by_name.setdefault(name, {})[at] = seconds
@@ -208,8 +210,7 @@ def measure(
         draft_token_s=medians.get(("draft_token_s", 0), 0.0),
     )
     spread = {
-        f"{name}[{at}]" if at else name: _spread(values[1:])
-        for (name, at), values in samples.items()
+        f"{name}[{at}]" if at else name: _spread(values) for (name, at), values in samples.items()
     }
     return costs, spread
 

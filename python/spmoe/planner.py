@@ -142,7 +142,7 @@ class Planner:
         if needed:
             self._fill_share.add(fills / needed)
             self._observe_routing(rows, needed, grown["repeated"])
-        prefetched = self._prefetches() and not self._on_trial
+        prefetched = self._prefetches(rows) and not self._on_trial
         self._modelled_s[prefetched].add(self._wait_s(rows, fills, prefetched=prefetched))
         self._waited_s[prefetched].add(grown["stall_s"])
         if self._on_trial and (waits := grown["misses"] + grown["late"]):
@@ -156,7 +156,7 @@ class Planner:
     def draft_s(self) -> float:
         """Seconds that a draft step is expected to take, copies beside it where they may pay."""
         copy_s = self.costs.expert_copy_s()
-        share = self.costs.prefetch_s / copy_s if copy_s and self._prefetches() else 0.0
+        share = self.costs.prefetch_s / copy_s if copy_s and self._prefetches(2) else 0.0
         return self.costs.draft_s * (1 + share)
 
     def verify_s(self, rows: int) -> float:
@@ -169,7 +169,7 @@ class Planner:
         known = self._expected_s.get(rows)
         if known is not None:
             return known
-        prefetches = self._prefetches()
+        prefetches = self._prefetches(rows)
         wait_s = self._wait_s(rows, self._fills(rows), prefetched=prefetches)
         waited_s = self._waited_s[prefetches].value
         modelled_s = self._modelled_s[prefetches].value
@@ -191,8 +191,10 @@ class Planner:
         demand_s = self.costs.expert_copy_s() if self._demand_s is None else self._demand_s
         return break_even(prefetch_s=self.costs.prefetch_s, wait_s=demand_s)
 
-    def _prefetches(self) -> bool:
-        return self.policy in PLANNED and self._break_even() < 1
+    def _prefetches(self, rows: int) -> bool:
+        """Whether anything may be prefetched for a verification of ``rows`` tokens."""
+        foreseen = self.policy == "horizon" or (self.policy == "sp-moe" and rows > 1)
+        return foreseen and self._break_even() < 1
 
     def _waits(
         self, due: Sequence[float], fills: float, *, read_last: bool, predicted: float

@@ -77,7 +77,8 @@ def target_layers(
 def copies(runtime: Runtime, batch: int) -> Iterator[float]:
     """Yield seconds that the link takes for ``batch`` experts that one layer demands.
 
-    What is resident takes no time: it yields 0 if all are.
+    A batch of which nothing has to be moved is passed over, one of which a part has to counts by
+    that; where all are resident it yields 0.
 
     Args:
         runtime: With fewer slots than the model has experts.

@@ -4,12 +4,14 @@
 
 #include <cstdint>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "allocation_counter.hpp"
 #include "base/error.hpp"
 #include "message_of.hpp"
+#include "schedule/policies.hpp"
 #include "scheduler_driver.hpp"
 
 namespace spmoe {
@@ -396,6 +398,22 @@ TEST(Scheduler, prefetches_of_sp_moe_are_used_by_the_layers_they_are_for) {
   for (std::uint16_t layer = 0; layer < 3; ++layer) EXPECT_EQ(run(scheduler, layer, {0, 2}), 0u);
   EXPECT_EQ(total(scheduler).hits, 6u);
   EXPECT_EQ(total(scheduler).prefetch_used_bytes, 6 * blob_bytes);
+}
+
+TEST(Scheduler, a_demand_takes_of_what_was_prefetched_for_this_pass_what_is_needed_last) {
+  for (const std::string& eviction : eviction_policy_names()) {
+    if (eviction == "belady") continue;  // knows no routing here
+    SCOPED_TRACE(eviction);
+    Scheduler scheduler{{4, 4, 3, blob_bytes}, {"sp-moe", eviction}};
+    for (const std::uint16_t layer : Experts{1, 3, 2}) {
+      scheduler.predict(layer, std::vector{1.5F, 0.0F, 0.0F, 0.0F});
+    }
+    ASSERT_EQ(land_prefetches(scheduler).size(), 3u);
+    EXPECT_EQ(run(scheduler, 0, {3}), 1u);
+    EXPECT_EQ(run(scheduler, 1, {0}), 0u);
+    EXPECT_EQ(run(scheduler, 2, {0}), 0u);
+    EXPECT_EQ(run(scheduler, 3, {0}), 1u);
+  }
 }
 
 TEST(Scheduler, the_oracle_moves_no_byte_in_vain) {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from spmoe.confidence import Confidence
 from spmoe.draft_length import DraftLength, tokens_per_iteration
+from spmoe.fading import FadingMean
 
 LONGEST = 8
 ITERATIONS = 450
@@ -243,11 +243,11 @@ class TestBacklog:
 
     def test_one_step_at_a_time_tells_what_steps_take(self) -> None:
         lengths = DraftLength(lambda rows: 0.1, draft_s=0.01)
-        for _ in range(100):
-            lengths.observe(Sample(1, 1, [0.04], verify_s=0.1))
-        assert 0.02 < lengths.draft_s <= 0.04  # the step's or the beginning's: both
+        for _ in range(200):
+            lengths.observe(Sample(1, 1, [0.04], verify_s=0.1, beyond_s=0.02))
+        assert 0.02 < lengths.draft_s < 0.05  # what is the step's and what is not, nobody can tell
         seconds = lengths.seconds_per_token(1) * tokens_per_iteration(lengths.acceptance, 1)
-        assert seconds == pytest.approx(0.1 + 0.04, rel=0.01)
+        assert seconds == pytest.approx(0.1 + 0.06, rel=0.01)
 
     def test_what_drafting_takes_beyond_its_steps_counts_once(self) -> None:
         lengths = DraftLength(lambda rows: 0.1, draft_s=0.01)
@@ -345,22 +345,10 @@ def test_tokens_behind_the_first_refusal_say_nothing_about_acceptance() -> None:
     assert lengths.acceptance == pytest.approx(0.5, abs=0.01)  # one accepted, one refused
 
 
-def test_threads_that_share_what_is_learnt_do_not_meet_what_is_half_known() -> None:
-    lengths = DraftLength(lambda rows: 0.1 + 0.01 * rows, draft_s=0.01)
-
-    def decode(seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(1500):
-            length = lengths.choose(left=100)
-            lengths.worth_another([0.9] * length)
-            accepted = chance.randint(0, length)
-            passes = [0.01 * chance.random() for _ in range(length)]
-            lengths.observe(Sample(length, accepted, passes, 0.1, probabilities=[0.9] * length))
-
-    with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(decode, seed) for seed in range(4)]:
-            done.result()
-    assert 0 < lengths.acceptance < 1
+def test_a_thread_that_meets_a_mean_of_nothing_takes_what_is_expected() -> None:
+    lengths = DraftLength(lambda rows: 0.1 * rows, 0.05)
+    lengths._verify_s[1] = FadingMean(0.1)  # as another thread leaves it for a moment
+    assert lengths.seconds_per_token(0) == pytest.approx(0.1)
 
 
 class TestConfidence:

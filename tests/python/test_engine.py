@@ -71,7 +71,7 @@ class TestLossless:
                     assert torch.equal(logits(other), wanted)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def auto(target_path: Path) -> Iterator[spmoe.Engine]:
     # On a link so slow that it pays to verify several tokens at once.
     with spmoe.load(

@@ -27,10 +27,12 @@ MAY_IMPORT = {
     "spmoe._core": {"runtime", "devices", "models/experts", "errors", "simulate"},
 }
 PURE = {
+    "confidence",
     "config",
     "costs",
     "cutoff",
     "draft_length",
+    "fading",
     "machine",
     "metrics",
     "planner",

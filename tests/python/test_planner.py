@@ -217,8 +217,10 @@ class TestVerification:
         it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy=policy)
         # Four draft steps of 20 ms: time for 80 fills, of which 30.5 are needed.
         assert it.verify_s(5) == pytest.approx(10 * 0.005)
-        # Nothing is drafted: of 10 fills the first layer's cannot be early.
-        assert it.verify_s(1) == pytest.approx(10 * 0.005 + 0.001)
+        # Nothing is drafted: of 10 fills the first layer's cannot be early; "sp-moe", whom the draft
+        # alone tells of any, waits for all.
+        waits_s = {"sp-moe": 0.010, "horizon": 0.001}[policy]
+        assert it.verify_s(1) == pytest.approx(10 * 0.005 + waits_s)
 
     def test_waits_beyond_the_model_of_the_link_are_added(self) -> None:
         it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="horizon")
@@ -253,6 +255,14 @@ class TestVerification:
         assert it.limits(4).break_even == 1  # hardly waited for: from here on nothing is prefetched
         # The model says 30; trials waited 30 and 6.
         assert it.verify_s(5) == pytest.approx(0.050 + 0.018, rel=1e-2)
+
+    def test_plain_iterations_of_sp_moe_say_nothing_of_its_prefetches(self) -> None:
+        it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="sp-moe")
+        alone = Iteration(drafted=0, accepted=0, pass_s=(), verify_s=0.08)
+        for _ in range(3):  # waits 30 ms, where the model says 10
+            it.observe(alone, grown(fills=10, needed=20.0, stall_s=0.03), read_last=False)
+        assert it.verify_s(1) == pytest.approx(0.080, rel=1e-3)
+        assert it.verify_s(5) == pytest.approx(0.050, rel=1e-3)
 
     def test_other_rows_follow_the_measured_ones_in_proportion(self) -> None:
         it = Planner(

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,18 +68,18 @@ def test_a_link_alone_is_as_fast_as_it_is_paced(target_path: Path) -> None:
     target = load_target(target_path)
     with target.open_runtime(expert_memory="50%", policy="sp-moe", link_gbps=0.01) as runtime:
         rates = itertools.islice(probe.rates(runtime, target.experts_per_token), 5)
-        assert max(rates) == pytest.approx(0.01, rel=0.03)
+        assert 0.005 < max(rates) <= 0.01001
 
 
 def test_what_another_sampler_left_resident_is_passed_over(target_path: Path) -> None:
     target = load_target(target_path)
     with target.open_runtime(expert_memory="50%", policy="sp-moe") as runtime:
-        copies = probe.copies(runtime, 2)
-        losses = probe.losses(runtime, target.experts_per_token, lambda: time.sleep(0.02))
-        for _ in range(12):
-            assert next(copies) > 0
-            for _ in range(5):
-                next(losses)
+        rates = probe.rates(runtime, target.experts_per_token)
+        for batch in (1, 2, 4):
+            copies = probe.copies(runtime, batch)
+            for _ in range(4):
+                next(rates)  # which fills all slots
+                assert next(copies) > 0
 
 
 def test_a_kept_profile_is_found(made: Profile) -> None:

@@ -13,7 +13,7 @@ from spmoe import probe
 from spmoe.bench.cell import Cell, Models, Tally, open_engine, run_prompt
 from spmoe.runtime import Runtime
 
-_PEAK_SAMPLES = 5
+_PEAK_SAMPLES = 5  # of which the best counts
 
 Routing = list[tuple[int, list[int]]]
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     default="50%",
     help="Memory to measure in; more is truer: a layer's experts should be resident.",
 )
-@option("--repeats", type=click.IntRange(min=2), default=7, help="Samples of each cost.")
+@option("--repeats", type=click.IntRange(min=2), default=7, help="Rounds of samples.")
 def profile(**flags: Any) -> None:
     """Measure what this machine needs for a pair, and keep it for `generate` and `bench`.
 
