@@ -77,6 +77,22 @@ def test_cutoff_sweep(target_path: Path, prompts: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "sweep.svg").read_text()
 
 
+def test_link_share(target_path: Path, prompts: Path, tmp_path: Path) -> None:
+    models = [target_path, "--draft-model", target_path, "--link-gbps", 0.01]
+    options = ["-n", 8, "--prompts", prompts, "--policy", "on-demand", "--md", tmp_path / "out.md"]
+    printed = run("link_share.py", *models, *options)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[4:]]
+    *lengths, total = rows
+    assert total[0] == "all"
+    for column in (1, 2):
+        assert sum(int(row[column]) for row in lengths) == int(total[column]) > 0
+    counted = float(printed.splitlines()[0].rpartition(" ")[2])
+    assert float(total[3]) == pytest.approx(counted, abs=0.05)  # nothing was withdrawn
+    assert (tmp_path / "out.md").read_text() == printed
+    with pytest.raises(subprocess.CalledProcessError):
+        run("link_share.py", target_path, *options)
+
+
 def test_draw_timeline(target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace, picture = tmp_path / "trace.json", tmp_path / "picture.svg"
     models = [str(target_path), "--draft-model", str(target_path), "--expert-memory", "50%"]

@@ -217,8 +217,8 @@ class TestVerification:
         it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy=policy)
         # Four draft steps of 20 ms: time for 80 fills, of which 30.5 are needed.
         assert it.verify_s(5) == pytest.approx(10 * 0.005)
-        # Nothing is drafted: of 10 fills the first layer's cannot be early; "sp-moe", whom the draft
-        # alone tells of any, waits for all.
+        # Nothing is drafted: of 10 fills the first layer's cannot be early. "sp-moe" hears of none
+        # but from the draft, and waits for all.
         waits_s = {"sp-moe": 0.010, "horizon": 0.001}[policy]
         assert it.verify_s(1) == pytest.approx(10 * 0.005 + waits_s)
 

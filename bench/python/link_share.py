@@ -1,0 +1,149 @@
+"""How busy time of the link divides: what it moves while fills wait, what is lost at the end.
+
+A stretch is a run of fills that follow one another without a pause. Its first fill begins when it
+was submitted; its last one ends when a thread is there to say so, while the link has nothing left
+to do. Between the first landing and the last, another fill was always waiting. A fill that was
+withdrawn on its way counts as a whole one here, and as what it moved in the caption.
+
+    python bench/python/link_share.py --demo=32x --link-gbps 2 --expert-memory 50%
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+import spmoe
+from spmoe.cli.options import find_models, link_option, pair_options
+from spmoe.metrics import cpu_model
+from spmoe.prompts import select_prompts
+from spmoe.runtime import POLICIES
+
+_SPANS = 1 << 20
+_PAUSE_S = 20e-6  # shorter is what it takes to note the time
+_LONGEST = 6  # stretches of as many fills or more are told together
+
+Fills = list[tuple[float, float]]  # seconds at which each was submitted and landed, by landing
+
+
+@dataclass
+class Share:
+    """What stretches of one length came to."""
+
+    stretches: int = 0
+    fills: int = 0
+    busy_s: float = 0.0
+    between_s: float = 0.0  # from the first landing of each to its last
+
+    def add(self, fills: Fills) -> None:
+        """Add one stretch."""
+        self.stretches += 1
+        self.fills += len(fills)
+        self.busy_s += fills[-1][1] - min(start for start, _ in fills)
+        self.between_s += fills[-1][1] - fills[0][1]
+
+
+@click.command()
+@pair_options
+@link_option
+@click.option("--expert-memory", default="50%", show_default=True)
+@click.option("--policy", type=click.Choice(POLICIES), default="horizon", show_default=True)
+@click.option("--draft-length", default=4, show_default=True)
+@click.option("--prompts", default="human-eval:40:42", show_default=True)
+@click.option("--max-new-tokens", "-n", default=40, show_default=True)
+@click.option("--md", type=click.Path(path_type=Path), help="The table in Markdown.")
+def main(**flags: Any) -> None:
+    """Print the share of a paced link's rate that it moves, by the length of its stretches."""
+    gbps = flags["link_gbps"]
+    if not gbps:
+        raise click.UsageError("give --link-gbps: the share is of that rate")
+    target, draft = find_models(**flags | {"quiet": False})
+    shares: dict[int, Share] = defaultdict(Share)
+    with spmoe.load(
+        target,
+        draft,
+        expert_memory=flags["expert_memory"],
+        policy=flags["policy"],
+        draft_length=flags["draft_length"],
+        link_gbps=gbps,
+        trace_spans=_SPANS,
+    ) as engine:
+        moved = Counter[str]()
+        for prompt in select_prompts(flags["prompts"]):
+            for stretch in _stretches(_decode(engine, prompt.text, flags, moved)):
+                shares[min(len(stretch), _LONGEST)].add(stretch)
+        copy_s = engine.runtime.store.blob_bytes / (gbps * 1e9)
+    text = _table(shares, copy_s)
+    counted = moved["link_bytes"] / moved["link_busy_s"] / (gbps * 1e9)
+    caption = (
+        f"{cpu_model()}; link {gbps:g} GB/s (paced), {copy_s * 1e3:.2f} ms a fill; "
+        f"{flags['policy']}, expert memory {flags['expert_memory']}, {flags['draft_length']} "
+        f"drafted; share by the counters {counted:.3f}"
+    )
+    click.echo(f"{caption}\n\n{text}")
+    if flags["md"]:
+        flags["md"].write_text(f"{caption}\n\n{text}\n")
+
+
+def _decode(engine: spmoe.Engine, text: str, flags: dict[str, Any], moved: Counter[str]) -> Fills:
+    """Return the fills of one text behind its prompt; add to the link's counters."""
+    iterations = engine.iterate(
+        engine.encode(text),
+        max_new_tokens=flags["max_new_tokens"],
+        draft_length=flags["draft_length"],
+    )
+    next(iterations)
+    known = len(engine.runtime.spans())
+    before = engine.runtime.stats(by_layer=False)
+    for _ in iterations:
+        pass
+    after = engine.runtime.stats(by_layer=False)
+    for name in ("link_bytes", "link_busy_s"):
+        moved[name] += after[name] - before[name]
+    spans = engine.runtime.spans()[known:]
+    fills = [span[3:5] for span in spans if span[0] in ("demand", "prefetch")]
+    return sorted(fills, key=lambda fill: fill[1])
+
+
+def _stretches(fills: Fills) -> list[Fills]:
+    stretches: list[Fills] = []
+    for start, end in fills:
+        if stretches and start <= stretches[-1][-1][1] + _PAUSE_S:
+            stretches[-1].append((start, end))
+        else:
+            stretches.append([(start, end)])
+    return stretches
+
+
+def _table(shares: dict[int, Share], copy_s: float) -> str:
+    lines = [
+        "| fills in a stretch | stretches | fills | share of the rate | while others wait "
+        "| ms a stretch beyond its copies |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    total = Share()
+    for length, share in sorted(shares.items()):
+        total.stretches += share.stretches
+        total.fills += share.fills
+        total.busy_s += share.busy_s
+        total.between_s += share.between_s
+        lines.append(_row(f"{length}{' or more' if length == _LONGEST else ''}", share, copy_s))
+    return "\n".join([*lines, _row("all", total, copy_s)])
+
+
+def _row(name: str, share: Share, copy_s: float) -> str:
+    followed = share.fills - share.stretches
+    between = f"{followed * copy_s / share.between_s:.3f}" if followed else "-"
+    beyond_s = (share.busy_s - share.fills * copy_s) / share.stretches
+    return (
+        f"| {name} | {share.stretches} | {share.fills} | {share.fills * copy_s / share.busy_s:.3f} "
+        f"| {between} | {beyond_s * 1e3:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
