@@ -84,7 +84,7 @@ class Planner:
         self.costs = costs
         self.shape = shape
         self.policy = policy
-        self._demand_s: float | None = None  # waited for a demanded expert, nothing prefetched
+        self._demand_s = FadingMean(_NEWEST)  # waited for a demanded expert, nothing prefetched
         self._iterations = 0
         self._on_trial = False
         # What iterations of late waited for the link, and the same by the model of it; by whether
@@ -145,8 +145,9 @@ class Planner:
         prefetched = self._prefetches(rows) and not self._on_trial
         self._modelled_s[prefetched].add(self._wait_s(rows, fills, prefetched=prefetched))
         self._waited_s[prefetched].add(grown["stall_s"])
-        if self._on_trial and (waits := grown["misses"] + grown["late"]):
-            self._demand_s = grown["stall_s"] / waits
+        demanded = self._on_trial or self._break_even() == 1  # all of it
+        if demanded and (waits := grown["misses"] + grown["late"]):
+            self._demand_s.add(grown["stall_s"] / waits)
         if grown["predicted_needs"]:
             self._recall[read_last].add(grown["recalled"] / grown["predicted_needs"])
             predicted = grown["critical"] / grown["predicted_needs"]
@@ -188,8 +189,10 @@ class Planner:
         )
 
     def _break_even(self) -> float:
-        demand_s = self.costs.expert_copy_s() if self._demand_s is None else self._demand_s
-        return break_even(prefetch_s=self.costs.prefetch_s, wait_s=demand_s)
+        wait_s = self._demand_s.value
+        if wait_s is None:
+            wait_s = self.costs.expert_copy_s()
+        return break_even(prefetch_s=self.costs.prefetch_s, wait_s=wait_s)
 
     def _prefetches(self, rows: int) -> bool:
         """Whether anything may be prefetched for a verification of ``rows`` tokens."""

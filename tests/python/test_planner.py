@@ -151,13 +151,27 @@ def test_it_breaks_even_where_what_a_prefetch_takes_is_what_it_saves() -> None:
 def test_where_a_prefetch_takes_much_it_is_tried_what_demands_wait_for() -> None:
     it = planner()
     assert it.limits(4).break_even == 1  # the trial
-    it.observe(Iteration(), grown(waits=10, stall_s=0.006), read_last=False)
+    it.observe(Iteration(), grown(waits=10, stall_s=0.004), read_last=False)
     for _ in range(31):
-        assert it.limits(4).break_even == pytest.approx(0.5)  # 0.6 ms each
+        assert it.limits(4).break_even == pytest.approx(0.75)  # 0.4 ms each
         it.observe(Iteration(), grown(waits=1, stall_s=0.001), read_last=False)
     assert it.limits(4).break_even == 1  # another
-    it.observe(Iteration(), grown(waits=10, stall_s=0.002), read_last=False)
-    assert it.limits(4).break_even == 1  # nothing is prefetched that is hardly waited for
+    it.observe(Iteration(), grown(waits=10, stall_s=0.001), read_last=False)
+    for _ in range(5):  # nothing is prefetched that is hardly waited for: 0.25 ms
+        assert it.limits(4).break_even == 1
+        it.observe(Iteration(), grown(waits=10, stall_s=0.001), read_last=False)
+
+
+def test_one_slow_iteration_does_not_make_prefetches_pay() -> None:
+    it = planner()
+    for stall_s in [0.001] * 5 + [0.008]:
+        it.limits(4)
+        it.observe(Iteration(), grown(waits=10, stall_s=stall_s), read_last=False)
+    assert it.limits(4).break_even == 1
+    for _ in range(3):
+        it.limits(4)
+        it.observe(Iteration(), grown(waits=10, stall_s=0.008), read_last=False)
+    assert it.limits(4).break_even < 1
 
 
 def test_predictions_are_of_use_where_something_may_be_prefetched() -> None:
@@ -240,7 +254,7 @@ class TestVerification:
         it = planner(policy="horizon")
         assert it.limits(4).break_even == 1  # the trial: nothing is prefetched
         it.observe(
-            Iteration(verify_s=0.080), grown(fills=30, waits=30, stall_s=0.030), read_last=False
+            Iteration(verify_s=0.065), grown(fills=30, waits=30, stall_s=0.015), read_last=False
         )
         prefetched = it.verify_s(5)  # nothing is known of such iterations but the model
         assert prefetched == pytest.approx(0.050, rel=1e-3)
@@ -250,11 +264,11 @@ class TestVerification:
         assert it.verify_s(5) == pytest.approx(0.055, rel=1e-3)
         assert it.limits(4).break_even == 1
         it.observe(
-            Iteration(verify_s=0.056), grown(fills=30, waits=30, stall_s=0.006), read_last=False
+            Iteration(verify_s=0.052), grown(fills=30, waits=30, stall_s=0.002), read_last=False
         )
         assert it.limits(4).break_even == 1  # hardly waited for: from here on nothing is prefetched
-        # The model says 30; trials waited 30 and 6.
-        assert it.verify_s(5) == pytest.approx(0.050 + 0.018, rel=1e-2)
+        # The model says 30; trials waited 15 and 2.
+        assert it.verify_s(5) == pytest.approx(0.050 + 0.0085, rel=1e-2)
 
     def test_plain_iterations_of_sp_moe_say_nothing_of_its_prefetches(self) -> None:
         it = Planner(CHEAP, Shape(10, 8, 2, 40 * 16 * MIB), policy="sp-moe")
