@@ -10,7 +10,7 @@ withdrawn on its way counts as a whole one here, and as what it moved in the cap
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 import spmoe
+from spmoe.bench.cell import Tally, run_prompt
 from spmoe.cli.options import find_models, link_option, pair_options
 from spmoe.metrics import cpu_model
 from spmoe.prompts import select_prompts
@@ -63,6 +64,7 @@ def main(**flags: Any) -> None:
         raise click.UsageError("give --link-gbps: the share is of that rate")
     target, draft = find_models(**flags | {"quiet": False})
     shares: dict[int, Share] = defaultdict(Share)
+    total, tally = Share(), Tally()
     with spmoe.load(
         target,
         draft,
@@ -72,13 +74,14 @@ def main(**flags: Any) -> None:
         link_gbps=gbps,
         trace_spans=_SPANS,
     ) as engine:
-        moved = Counter[str]()
         for prompt in select_prompts(flags["prompts"]):
-            for stretch in _stretches(_decode(engine, prompt.text, flags, moved)):
+            fills = _decode(engine, prompt.text, flags["max_new_tokens"], tally)
+            for stretch in _stretches(fills):
                 shares[min(len(stretch), _LONGEST)].add(stretch)
+                total.add(stretch)
         copy_s = engine.runtime.store.blob_bytes / (gbps * 1e9)
-    text = _table(shares, copy_s)
-    counted = moved["link_bytes"] / moved["link_busy_s"] / (gbps * 1e9)
+    text = _table(shares, total, copy_s)
+    counted = tally.counters["link_bytes"] / tally.counters["link_busy_s"] / (gbps * 1e9)
     caption = (
         f"{cpu_model()}; link {gbps:g} GB/s (paced), {copy_s * 1e3:.2f} ms a fill; "
         f"{flags['policy']}, expert memory {flags['expert_memory']}, {flags['draft_length']} "
@@ -89,23 +92,16 @@ def main(**flags: Any) -> None:
         flags["md"].write_text(f"{caption}\n\n{text}\n")
 
 
-def _decode(engine: spmoe.Engine, text: str, flags: dict[str, Any], moved: Counter[str]) -> Fills:
-    """Return the fills of one text behind its prompt; add to the link's counters."""
-    iterations = engine.iterate(
-        engine.encode(text),
-        max_new_tokens=flags["max_new_tokens"],
-        draft_length=flags["draft_length"],
-    )
-    next(iterations)
-    known = len(engine.runtime.spans())
-    before = engine.runtime.stats(by_layer=False)
-    for _ in iterations:
-        pass
-    after = engine.runtime.stats(by_layer=False)
-    for name in ("link_bytes", "link_busy_s"):
-        moved[name] += after[name] - before[name]
-    spans = engine.runtime.spans()[known:]
-    fills = [span[3:5] for span in spans if span[0] in ("demand", "prefetch")]
+def _decode(engine: spmoe.Engine, text: str, count: int, tally: Tally) -> Fills:
+    """Return the fills of one text behind its prompt; add what it came to."""
+    known = len(engine.phases)
+    run_prompt(engine, engine.encode(text), count, tally)
+    _, prompt = engine.phases[known : known + 2]  # not drafted, read
+    fills = [
+        (start_s, end_s)
+        for lane, _, _, start_s, end_s, _ in engine.runtime.spans()
+        if lane in ("demand", "prefetch") and start_s >= prompt.end_s
+    ]
     return sorted(fills, key=lambda fill: fill[1])
 
 
@@ -119,18 +115,13 @@ def _stretches(fills: Fills) -> list[Fills]:
     return stretches
 
 
-def _table(shares: dict[int, Share], copy_s: float) -> str:
+def _table(shares: dict[int, Share], total: Share, copy_s: float) -> str:
     lines = [
         "| fills in a stretch | stretches | fills | share of the rate | while others wait "
         "| ms a stretch beyond its copies |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    total = Share()
     for length, share in sorted(shares.items()):
-        total.stretches += share.stretches
-        total.fills += share.fills
-        total.busy_s += share.busy_s
-        total.between_s += share.between_s
         lines.append(_row(f"{length}{' or more' if length == _LONGEST else ''}", share, copy_s))
     return "\n".join([*lines, _row("all", total, copy_s)])
 
