@@ -41,6 +41,19 @@ _LATENT_ATTENTION = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+_GATED_DELTA = {
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 
 
 def _config(model_type: str, **changed: Any) -> PreTrainedConfig:
@@ -136,6 +149,55 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 
+# Families whose routers take a second argument, such as a correction bias that the layer keeps.
+BIASED_ROUTER_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "minimax_m2": lambda: _config(
+        "minimax_m2", head_dim=16, intermediate_size=48, num_local_experts=8, num_experts_per_tok=3
+    ),
+    "afmoe": lambda: _config(
+        "afmoe",
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        num_shared_experts=1,
+        num_dense_layers=1,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=32,
+    ),
+    "hy_v3": lambda: _config(
+        "hy_v3",
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        num_shared_experts=1,
+        mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+}
+
+# Families with layers that keep a recurrent state instead of keys and values.
+RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3_next": lambda: _config("qwen3_next", **_GATED_DELTA),
+    "qwen3_5_moe_text": lambda: _config("qwen3_5_moe_text", **_GATED_DELTA),
+    "jamba": lambda: _config(
+        "jamba",
+        intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        expert_layer_period=2,
+        expert_layer_offset=0,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+}
+
+ALL_FAMILIES = FAMILIES | BIASED_ROUTER_FAMILIES | RECURRENT_FAMILIES
+
 
 def make_checkpoint(
     family: str,
@@ -146,7 +208,9 @@ def make_checkpoint(
     with_tokenizer: bool = True,
 ) -> Path:
     """Write a random model of ``family`` into ``path``, in several shards; return ``path``."""
-    return _write(FAMILIES[family](), path, seed=seed, dtype=dtype, with_tokenizer=with_tokenizer)
+    return _write(
+        ALL_FAMILIES[family](), path, seed=seed, dtype=dtype, with_tokenizer=with_tokenizer
+    )
 
 
 def make_dense_draft(path: Path, *, seed: int = 0, **changed: Any) -> Path:

@@ -1,6 +1,6 @@
 """FamilyContract: what every model family must do behind the experts interface.
 
-A new family is one entry in `families.FAMILIES`.
+A new family is one entry in `families.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, VOCABULARY, greedy, make_checkpoint
+from families import ALL_FAMILIES, RECURRENT_FAMILIES, VOCABULARY, greedy, make_checkpoint
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_plain, load_target
 from spmoe.runtime import Runtime
 
 NEW_TOKENS = 20
 SLOT_ALIGNMENT = 256  # bytes; a slot is a blob rounded up to it
-CASES = [(family, torch.float32) for family in FAMILIES] + [
+CASES = [(family, torch.float32) for family in ALL_FAMILIES] + [
     (family, torch.bfloat16) for family in ("mixtral", "deepseek_v3", "gpt_oss")
 ]
 
@@ -28,6 +28,7 @@ class Case:
     target: TargetModel
     plain: PreTrainedModel  # the same checkpoint, all in memory, its own eager experts
     prompt: torch.Tensor  # [1, tokens]
+    tolerance: float  # of logits
 
     def budgets(self) -> list[int]:
         """The least that one token needs, half of the experts, and all of them, in bytes."""
@@ -61,7 +62,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = make_checkpoint(family, tmp_path_factory.mktemp(family), dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(VOCABULARY, (1, 24), generator=generator)
-    return Case(load_target(path), load_plain(path), prompt)
+    # A recurrence amplifies rounding: eager float32 logits are up to 1e-4 from those in float64.
+    tolerance = 2e-4 if family in RECURRENT_FAMILIES else 2e-5
+    return Case(load_target(path), load_plain(path), prompt, tolerance)
 
 
 class TestFamilyContract:
@@ -71,7 +74,7 @@ class TestFamilyContract:
             with case.runtime(budget) as runtime:
                 attach(case.target, runtime)
                 found = logits_of(case.target.model, case.prompt)
-            torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(found, expected, rtol=0, atol=case.tolerance)
 
     def test_greedy_tokens_are_those_of_the_plain_model(self, case: Case) -> None:
         expected = greedy(case.plain, case.prompt, NEW_TOKENS)
