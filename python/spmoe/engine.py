@@ -83,6 +83,7 @@ class Engine(Closeable):
         self.cutoff_layer: int | None = None  # in place of the planner's
         self.layer_map = None if layer_map is None else layer_map.to(runtime.device)
         self.last: Metrics | None = None  # figures of the last request
+        self.load_seconds: dict[str, float] = {}  # step of `load` -> how long it took
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._limits: Limits | None = None  # of the running iteration
         self._covered_rows = 0  # of the running verification, which the draft predicted for

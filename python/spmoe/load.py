@@ -14,7 +14,7 @@ from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolv
 from spmoe.pairing import check_pairing
 from spmoe.planner import PLANNED
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
-from spmoe.progress import Progress, silent
+from spmoe.progress import Progress, Steps, silent
 
 
 def load(
@@ -57,35 +57,33 @@ def load(
         OutOfMemory: The budget is not to be had.
         DeviceError: The CUDA device cannot be used; the message says why.
     """
-    report = progress or silent
     check_draft_length(draft_length)
     place = resolve_device(device)
     device = native_name(place)
-    steps = 4 if draft is not None else 3
-    report("loading the target without its experts", 0, steps)
     chosen = resolve_dtype(dtype)
-    loaded = load_target(target, dtype=chosen, device=place)
-    tokenizer = load_tokenizer(target)
+    measured = policy in PLANNED or (draft_length == "auto" and draft is not None)
+    steps = Steps(progress or silent, 2 + (draft is not None) + measured)
+    with steps.step("target", "loading the target without its experts"):
+        loaded = load_target(target, dtype=chosen, device=place)
+        tokenizer = load_tokenizer(target)
     drafter = None
     if draft is not None:
-        report("loading the draft", 1, steps)
-        drafter = load_draft(draft, device=place)
-        check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
+        with steps.step("draft", "loading the draft"):
+            drafter = load_draft(draft, device=place)
+            check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
     costs = layer_map = None
-    if policy in PLANNED or (draft_length == "auto" and draft is not None):
-        fingerprint = Fingerprint.of(
-            target,
-            draft,
-            dtype=chosen,
-            device=device,
-            pinned_memory=pinned_memory,
-            link_gbps=link_gbps,
-        )
-        layer_map = known_layer_map(fingerprint)
-        costs = known_costs(fingerprint)
-        if costs is None:
-            report("estimating costs", steps - 2, steps)
-            costs = estimate(
+    if measured:
+        with steps.step("costs", "estimating costs"):
+            fingerprint = Fingerprint.of(
+                target,
+                draft,
+                dtype=chosen,
+                device=device,
+                pinned_memory=pinned_memory,
+                link_gbps=link_gbps,
+            )
+            layer_map = known_layer_map(fingerprint)
+            costs = known_costs(fingerprint) or estimate(
                 loaded,
                 drafter,
                 expert_memory=expert_memory,
@@ -93,19 +91,19 @@ def load(
                 pinned_memory=pinned_memory,
                 link_gbps=link_gbps,
             )
-    report("allocating expert memory", steps - 1, steps)
-    runtime = loaded.open_runtime(
-        expert_memory=expert_memory,
-        device=device,
-        link_gbps=link_gbps,
-        policy=policy,
-        eviction=eviction,
-        trace_spans=trace_spans,
-        pinned_memory=pinned_memory,
-        progress=progress,
-    )
-    report("ready", steps, steps)
-    return Engine(
+    with steps.step("expert memory", "allocating expert memory"):
+        runtime = loaded.open_runtime(
+            expert_memory=expert_memory,
+            device=device,
+            link_gbps=link_gbps,
+            policy=policy,
+            eviction=eviction,
+            trace_spans=trace_spans,
+            pinned_memory=pinned_memory,
+            progress=progress,
+        )
+    steps.report("ready", steps.count, steps.count)
+    engine = Engine(
         loaded,
         tokenizer,
         runtime,
@@ -114,3 +112,5 @@ def load(
         costs=costs,
         layer_map=layer_map,
     )
+    engine.load_seconds = steps.seconds
+    return engine

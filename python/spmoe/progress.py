@@ -1,11 +1,37 @@
-"""How long work tells how far it is."""
+"""How long work reports its progress."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 Progress = Callable[[str, int, int], None]  # description, done, total
 
 
 def silent(_description: str, _done: int, _total: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""
+
+
+@dataclass(slots=True)
+class Steps:
+    """Work of several steps, each reported as it begins and timed.
+
+    Attributes:
+        report: Called with the description of each step, and done of total steps.
+        count: Steps in all.
+        seconds: Name of a step -> how long it took, of those that have ended.
+    """
+
+    report: Progress
+    count: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str, description: str) -> Iterator[None]:
+        """Report a step and time the block."""
+        self.report(description, len(self.seconds), self.count)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
