@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from spmoe.config import check_draft_length
 from spmoe.errors import Error, InvalidArgument
 from spmoe.metrics import Metrics, Timing, summarise
-from spmoe.models.text import Prompt, TextWriter
+from spmoe.models.text import Prompt
+from spmoe.models.writer import TextWriter
 
 if TYPE_CHECKING:
     from spmoe.engine import Engine
@@ -46,7 +47,7 @@ class Request:
         *,
         max_new_tokens: int = 128,
         draft_length: int | str | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         raw: bool = False,
     ) -> None:
         if max_new_tokens < 1:
@@ -57,7 +58,7 @@ class Request:
         self.draft_length = check_draft_length(
             engine.draft_length if draft_length is None else draft_length
         )
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
         self.writer = TextWriter(engine.tokenizer, [text for text in stops if text])
         self.metrics: Metrics | None = None
 
@@ -88,7 +89,10 @@ class Request:
                     yield piece
                 if finish_reason == "stop":
                     break
-            if piece := self.writer.finish():
+            piece = self.writer.finish()
+            if self.writer.stopped:
+                finish_reason = "stop"
+            if piece:
                 yield piece
         finally:
             if iterations:

@@ -1,4 +1,4 @@
-"""Prompts into token ids, and token ids into text, piece by piece."""
+"""Prompts into token ids."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from spmoe.errors import InvalidArgument
 
 Tokenizer = PreTrainedTokenizerBase
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-
-_UNFINISHED = "\ufffd"  # the tokenizer's sign for half a character
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -44,49 +42,3 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, *, raw: bool = False) -> list[i
         messages, add_generation_prompt=True, return_dict=True
     )
     return list(encoded["input_ids"])
-
-
-class TextWriter:
-    """Turns a growing list of tokens into pieces of text.
-
-    A piece never ends inside a character, nor inside what may yet become a stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._given = 0
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.stopped = False
-
-    def add(self, token: int) -> None:
-        """Append one token; sets `stopped` if the text now holds a stop string."""
-        self.token_ids.append(token)
-        text: Any = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
-        self.text = str(text)
-        ends = [place for text in self._stop if (place := self.text.find(text)) >= 0]
-        if ends:
-            self.text = self.text[: min(ends)]
-            self.stopped = True
-
-    def take(self) -> str:
-        """Return the text that is certain and has not been returned yet."""
-        certain = len(self.text)
-        if not self.stopped:
-            certain = len(self.text.rstrip(_UNFINISHED))
-            for text in self._stop:
-                for part in range(len(text) - 1, 0, -1):
-                    if self.text.endswith(text[:part]):
-                        certain = min(certain, len(self.text) - part)
-                        break
-        return self._advance(certain)
-
-    def finish(self) -> str:
-        """Return the rest."""
-        return self._advance(len(self.text))
-
-    def _advance(self, end: int) -> str:
-        piece = self.text[self._given : end]
-        self._given = max(self._given, end)
-        return piece
