@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 
 from spmoe import predictor, speculative
 from spmoe.closeable import Closeable
-from spmoe.config import check_draft_length
+from spmoe.config import check_draft_length, format_bytes
 from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
 from spmoe.errors import InvalidArgument
@@ -91,28 +91,60 @@ class Engine(Closeable):
         attach(target, runtime)
         self._watch()
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
-        """Write text after ``prompt`` and return it whole. Options as for `stream`."""
-        request = Request(self, prompt, **options)
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        draft_length: int | str | None = None,
+        stop: str | Sequence[str] | None = None,
+        raw: bool = False,
+    ) -> Generation:
+        """Write text after ``prompt`` and return it whole. Arguments and errors as for `stream`."""
+        request = Request(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            draft_length=draft_length,
+            stop=stop,
+            raw=raw,
+        )
         for _ in request.run():
             pass
         return request.result()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """Write text after ``prompt``, yielding pieces as they are written.
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        draft_length: int | str | None = None,
+        stop: str | Sequence[str] | None = None,
+        raw: bool = False,
+    ) -> Iterator[str]:
+        """Write text after ``prompt``, yielding it as it is written.
 
         Args:
             prompt: Text, chat messages ({"role": ..., "content": ...}), or token ids.
-            **options: ``max_new_tokens`` (128); ``draft_length`` (the engine's; 0 decodes
-                plainly); ``stop``, strings at whose first appearance the text ends, itself left
-                out; ``raw`` (False): a text prompt goes in as it is, not as a chat message.
+            max_new_tokens: The text has at most this many tokens; at least 1.
+            draft_length: Tokens drafted an iteration, or "auto"; 0 decodes plainly, None takes the
+                engine's own.
+            stop: One string or several. The text ends before the first that appears in it.
+            raw: A text prompt is read as it is, not as a chat message.
 
         Raises:
-            InvalidArgument: The prompt is empty or longer than the model's context, or an option
+            InvalidArgument: The prompt is empty or longer than the model's context, or an argument
                 is wrong.
             DeviceError: An expert could not be read. The engine stays usable.
         """
-        return Request(self, prompt, **options).run()
+        return Request(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            draft_length=draft_length,
+            stop=stop,
+            raw=raw,
+        ).run()
 
     def iterate(
         self, prompt: Prompt, *, max_new_tokens: int, draft_length: int | Literal["auto"]
@@ -263,6 +295,16 @@ class Engine(Closeable):
             "request": self.last.as_dict() if self.last else None,
             "total": self.runtime.stats(),
         }
+
+    def __repr__(self) -> str:
+        store, config = self.runtime.store, self.target.model.config
+        draft = "none" if self.draft is None else self.draft.config.model_type
+        return (
+            f"<spmoe.Engine {config.model_type}, {store.layer_count} layers of "
+            f"{store.expert_count} experts, {format_bytes(self.runtime.expert_memory_bytes)} of "
+            f"{format_bytes(store.total_bytes)} in expert memory on {self.runtime.device}, policy "
+            f"{self.runtime.policy}, draft {draft}, draft length {self.draft_length}>"
+        )
 
     def close(self) -> None:
         """Give the expert memory back. May be called twice."""
