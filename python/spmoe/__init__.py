@@ -4,7 +4,8 @@ SP-MoE (arXiv:2510.10302) and beyond: see README.md and docs/design.md.
 """
 
 import os
-from importlib.metadata import version
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 # Threads of torch's OpenMP that spin for long take the cores from the copy threads, and ones that
 # sleep at once are slow to wake: a short spin does neither. Read by torch as it is loaded, so a
@@ -12,16 +13,6 @@ from importlib.metadata import version
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
-
-from spmoe.engine import Engine
-from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
-from spmoe.load import load
-from spmoe.metrics import Metrics
-from spmoe.request import Generation
-from spmoe.runtime import Runtime, open_store
-from spmoe.verification import Verification, verify
-
-__version__ = version("spmoe")
 
 __all__ = [
     "CheckpointError",
@@ -39,3 +30,53 @@ __all__ = [
     "open_store",
     "verify",
 ]
+
+if TYPE_CHECKING:
+    from spmoe.engine import Engine
+    from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
+    from spmoe.loader import load
+    from spmoe.metrics import Metrics
+    from spmoe.request import Generation
+    from spmoe.runtime import Runtime, open_store
+    from spmoe.verification import Verification, verify
+
+    __version__: str
+else:
+    # Importing torch and transformers takes seconds: a name imports its module when it is first
+    # used (PEP 562). No module may have the name of a function here, whose place it would take.
+    _MODULES = {
+        "spmoe.engine": ("Engine",),
+        "spmoe.errors": (
+            "CheckpointError",
+            "DeviceError",
+            "Error",
+            "InvalidArgument",
+            "OutOfMemory",
+        ),
+        "spmoe.loader": ("load",),
+        "spmoe.metrics": ("Metrics",),
+        "spmoe.request": ("Generation",),
+        "spmoe.runtime": ("Runtime", "open_store"),
+        "spmoe.verification": ("Verification", "verify"),
+    }
+    _HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+    def __getattr__(name):
+        if name == "__version__":
+            value = import_module("importlib.metadata").version("spmoe")
+        elif name in _HOMES:
+            value = getattr(import_module(_HOMES[name]), name)
+        else:
+            try:
+                if name.startswith("__"):
+                    raise ModuleNotFoundError(name=f"spmoe.{name}")
+                value = import_module(f"spmoe.{name}")  # `spmoe.runtime` after `import spmoe`
+            except ModuleNotFoundError as error:
+                if error.name != f"spmoe.{name}":
+                    raise
+                raise AttributeError(f"module 'spmoe' has no attribute {name!r}") from None
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ import torch
 
 from spmoe import speculative
 from spmoe.config import check_draft_length
-from spmoe.load import load
+from spmoe.loader import load
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.loading import load_plain, resolve_dtype
 from spmoe.models.text import Prompt
