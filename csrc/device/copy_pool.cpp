@@ -226,7 +226,7 @@ void CopyPool::cut_piece(Queue& queue, Piece& piece) {
         cut_move(batch, std::min(most_bytes - piece.bytes, movers_.move_bytes(src)), piece);
     if (alone) break;
   }
-  piece.ticket = pacer_.admit(piece.bytes, piece.batches.front()->submitted);
+  piece.ticket = pacer_.admit(piece.bytes, piece.batches.front()->submitted, Clock::now());
 }
 
 void CopyPool::serve(PieceMover& mover) {

@@ -18,8 +18,12 @@ namespace spmoe {
 class LinkPacer {
  public:
   using Clock = std::chrono::steady_clock;
+
+  /// Before every time that the clock shows, wherever its origin is.
+  static constexpr Clock::time_point at_once = Clock::time_point::min();
+
   struct Ticket {
-    Clock::time_point until;  ///< the piece may not end earlier; epoch: at once
+    Clock::time_point until = at_once;  ///< the piece may not end earlier
     bool fail = false;
   };
 
@@ -34,8 +38,10 @@ class LinkPacer {
   /// Whether pieces land later than the link lets them.
   [[nodiscard]] bool slows() const { return gbps_ > 0 || faults_.max_delay_us > 0; }
 
-  /// Next in line for as much link time as `bytes` take, of a batch submitted at `submitted`.
-  [[nodiscard]] Ticket admit(std::uint64_t bytes, Clock::time_point submitted) {
+  /// Next in line for as much link time as `bytes` take, of a batch submitted at `submitted`. A
+  /// random delay counts from `now` at the earliest.
+  [[nodiscard]] Ticket admit(std::uint64_t bytes, Clock::time_point submitted,
+                             Clock::time_point now) {
     Ticket ticket;
     ticket.fail = faults_.fail_at_copy != 0 && ++copies_ == faults_.fail_at_copy;
     if (!slows()) return ticket;
@@ -45,7 +51,7 @@ class LinkPacer {
       ticket.until = free_;
     }
     if (faults_.max_delay_us > 0) {
-      ticket.until = std::max(ticket.until, Clock::now());
+      ticket.until = std::max(ticket.until, now);
       std::uniform_int_distribution<std::uint32_t> delay{0, faults_.max_delay_us};
       ticket.until += std::chrono::microseconds{delay(random_)};
     }
@@ -54,14 +60,14 @@ class LinkPacer {
 
   /// Blocks until the ticket's link time has passed.
   static void hold(const Ticket& ticket) {
-    if (ticket.until != Clock::time_point{}) std::this_thread::sleep_until(ticket.until);
+    if (ticket.until != at_once) std::this_thread::sleep_until(ticket.until);
   }
 
  private:
   double gbps_;
   LinkFaults faults_;
   std::uint64_t copies_ = 0;
-  Clock::time_point free_;
+  Clock::time_point free_ = at_once;
   std::minstd_rand random_;
 };
 

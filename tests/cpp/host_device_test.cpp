@@ -65,51 +65,69 @@ TEST(HostDevice, faults_can_be_planted_later_and_count_from_then) {
   EXPECT_TRUE(lands());
 }
 
-TEST(LinkPacer, lays_the_pieces_behind_each_other_on_the_link) {
+// Every case of the pacer at clocks of different origins: a steady clock may begin anywhere.
+class LinkPacerFrom
+    : public ::testing::TestWithParam<std::pair<const char*, LinkPacer::Clock::time_point>> {
+ protected:
+  const LinkPacer::Clock::time_point start = GetParam().second;
+};
+
+INSTANTIATE_TEST_SUITE_P(
+    origin, LinkPacerFrom,
+    ::testing::Values(std::pair{"an_hour_before_zero", LinkPacer::Clock::time_point{-1h}},
+                      std::pair{"zero", LinkPacer::Clock::time_point{}},
+                      std::pair{"an_hour_after_zero", LinkPacer::Clock::time_point{1h}},
+                      std::pair{"near_the_end", LinkPacer::Clock::time_point::max() - 24h}),
+    [](const auto& test) { return test.param.first; });
+
+TEST_P(LinkPacerFrom, lays_the_pieces_behind_each_other_on_the_link) {
   LinkPacer pacer{1.0, {}};
-  const auto start = LinkPacer::Clock::now();
-  EXPECT_EQ(pacer.admit(1'000'000'000, start).until, start + 1s);
-  EXPECT_EQ(pacer.admit(500'000'000, start).until, start + 1500ms);
-  EXPECT_EQ(pacer.admit(2'000'000'000, start + 1s).until, start + 3500ms);
+  EXPECT_EQ(pacer.admit(1'000'000'000, start, start).until, start + 1s);
+  EXPECT_EQ(pacer.admit(500'000'000, start, start).until, start + 1500ms);
+  EXPECT_EQ(pacer.admit(2'000'000'000, start + 1s, start + 1s).until, start + 3500ms);
 }
 
-TEST(LinkPacer, a_link_that_was_free_begins_when_the_piece_was_submitted) {
+TEST_P(LinkPacerFrom, a_link_that_was_free_begins_when_the_piece_was_submitted) {
   LinkPacer pacer{1.0, {}};
-  const auto start = LinkPacer::Clock::now() - 1h;  // a thread gets to it an hour late
-  EXPECT_EQ(pacer.admit(1'000'000'000, start).until, start + 1s);
-  EXPECT_EQ(pacer.admit(1'000'000'000, start + 10s).until, start + 11s);
+  const auto now = start + 1h;  // a thread gets to it an hour late
+  EXPECT_EQ(pacer.admit(1'000'000'000, start, now).until, start + 1s);
+  EXPECT_EQ(pacer.admit(1'000'000'000, start + 10s, now).until, start + 11s);
 }
 
-TEST(LinkPacer, holds_nobody_when_the_link_is_not_paced) {
+TEST_P(LinkPacerFrom, holds_nobody_when_the_link_is_not_paced) {
   LinkPacer pacer{0, {}};
   for (int i = 0; i < 3; ++i) {
-    EXPECT_EQ(pacer.admit(std::uint64_t{1} << 40, {}).until, LinkPacer::Clock::time_point{});
+    EXPECT_EQ(pacer.admit(std::uint64_t{1} << 40, start, start).until, LinkPacer::at_once);
   }
+}
+
+TEST_P(LinkPacerFrom, delays_count_from_now_on_a_link_that_is_not_paced) {
+  LinkPacer pacer{0, {.delay_seed = 1, .max_delay_us = 1000}};
+  const auto until = pacer.admit(1, start, start + 1h).until;
+  EXPECT_GE(until, start + 1h);
+  EXPECT_LE(until, start + 1h + 1ms);
+}
+
+TEST_P(LinkPacerFrom, delays_are_the_same_for_the_same_seed) {
+  const auto delays = [this](std::uint32_t seed) {
+    LinkPacer pacer{1.0, {.delay_seed = seed, .max_delay_us = 1000}};
+    std::vector<LinkPacer::Clock::duration> result;
+    for (int i = 0; i < 20; ++i) result.push_back(pacer.admit(1000, start, start).until - start);
+    return result;
+  };
+  EXPECT_EQ(delays(1), delays(1));
+  EXPECT_NE(delays(1), delays(2));
 }
 
 TEST(LinkPacer, fails_the_nth_piece_once) {
   LinkPacer pacer{0, {.fail_at_copy = 2}};
-  EXPECT_FALSE(pacer.admit(1, {}).fail);
-  EXPECT_TRUE(pacer.admit(1, {}).fail);
-  EXPECT_FALSE(pacer.admit(1, {}).fail);
+  const auto fails = [&] { return pacer.admit(1, {}, {}).fail; };
+  EXPECT_FALSE(fails());
+  EXPECT_TRUE(fails());
+  EXPECT_FALSE(fails());
   pacer.inject({.fail_at_copy = 1});
-  EXPECT_TRUE(pacer.admit(1, {}).fail);
-  EXPECT_FALSE(pacer.admit(1, {}).fail);
-}
-
-TEST(LinkPacer, delays_are_the_same_for_the_same_seed) {
-  // Each piece takes a minute of link, so that only the seed tells the pacers apart.
-  constexpr std::uint64_t minute = 60'000'000'000;
-  const auto gaps = [](std::uint32_t seed) {
-    LinkPacer pacer{1.0, {.delay_seed = seed, .max_delay_us = 1000}};
-    const auto start = LinkPacer::Clock::now();
-    const auto first = pacer.admit(minute, start).until;
-    std::vector<LinkPacer::Clock::duration> result;
-    for (int i = 0; i < 20; ++i) result.push_back(pacer.admit(minute, start).until - first);
-    return result;
-  };
-  EXPECT_EQ(gaps(1), gaps(1));
-  EXPECT_NE(gaps(1), gaps(2));
+  EXPECT_TRUE(fails());
+  EXPECT_FALSE(fails());
 }
 
 }  // namespace
