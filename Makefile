@@ -16,7 +16,7 @@ GPU_SHAPES ?= mixtral-8x7b phi-3.5-moe deepseek-v2-lite qwen3-30b-a3b olmoe-1b-7
 GPU_LINKS ?= 0,25
 GPU_DRAFT_MS ?= 4.3
 
-.PHONY: help demo test test-cpp test-python test-asan test-tsan test-gpu lint format bench bench-gpu need-gpu clean
+.PHONY: help demo test test-cpp test-python test-asan test-tsan test-gpu stubs lint format bench bench-gpu need-gpu clean
 
 help:
 	@echo "make demo    write text with the built-in pair, its experts in a quarter of their memory"
@@ -35,6 +35,10 @@ help:
 .venv/.spmoe: .venv/.tools $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	touch $@
+
+# After a change of the bindings; the stubs are committed.
+stubs: .venv/.spmoe
+	$(BIN)/python tools/make_stubs.py
 
 demo: .venv/.spmoe
 	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96

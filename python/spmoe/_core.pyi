@@ -1,0 +1,114 @@
+"""
+Native runtime of spmoe. Use the documented classes in `spmoe`, not this module.
+"""
+from __future__ import annotations
+import collections.abc
+import numpy
+import numpy.typing
+import typing
+__all__: list[str] = ['CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_status', 'eviction_policy_names', 'prefetch_policy_names']
+class Error(Exception):
+    pass
+class InvalidArgument(Error, ValueError):
+    pass
+class OutOfMemory(Error, MemoryError):
+    pass
+class DeviceError(Error, OSError):
+    pass
+class CheckpointError(Error, ValueError):
+    pass
+class ExpertStore:
+    """
+    Where the blobs of a model's routed experts rest. Immutable.
+    """
+    def __init__(self, files: collections.abc.Sequence[str], layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], interleaved: bool = False) -> None:
+        """
+        Open the safetensors shards of a checkpoint and find its experts. Reads headers only.
+
+        Args:
+            files: Paths of every shard.
+            layers: Layer numbers, as in the tensors' names, in the order of MoE layers; empty means all.
+            interleaved: Gate and up alternate in the fused tensor (gpt_oss).
+
+        Raises:
+            CheckpointError: A shard is damaged or lacks a tensor, or experts differ in shape or dtype.
+            InvalidArgument: No tensor is an expert's.
+        """
+    @property
+    def blob_bytes(self) -> int:
+        ...
+    @property
+    def dtype(self) -> str:
+        ...
+    @property
+    def expert_count(self) -> int:
+        ...
+    @property
+    def hidden(self) -> int:
+        ...
+    @property
+    def inter(self) -> int:
+        ...
+    @property
+    def layer_count(self) -> int:
+        ...
+    @property
+    def tensor_names(self) -> list[str]:
+        ...
+    @property
+    def total_bytes(self) -> int:
+        ...
+class Runtime:
+    """
+    The native runtime; see `spmoe.Runtime`, which checks its arguments.
+    """
+    def __init__(self, store: ExpertStore, expert_memory_bytes: typing.SupportsInt | typing.SupportsIndex, experts_per_token: typing.SupportsInt | typing.SupportsIndex, activation: str = 'silu', alpha: typing.SupportsFloat | typing.SupportsIndex = 1.7020000219345093, limit: typing.SupportsFloat | typing.SupportsIndex = 7.0, compute_threads: typing.SupportsInt | typing.SupportsIndex = 0, copy_threads: typing.SupportsInt | typing.SupportsIndex = 2, link_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0, isa: str = 'auto', policy: str = 'on-demand', eviction: str = 'auto', trace_spans: typing.SupportsInt | typing.SupportsIndex = 0, device: str = 'host', pinned_memory_bytes: typing.SupportsInt | typing.SupportsIndex = 0, pinned_progress: collections.abc.Callable[[int, int], None] = None) -> None:
+        ...
+    def begin_request(self) -> None:
+        ...
+    def calibration(self) -> list:
+        """
+        Per bucket of scores: (score_from, weight of predictions, of these used).
+        """
+    def close(self) -> None:
+        ...
+    def end_iteration(self, accepted: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def forward(self, layer: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex, x: typing.SupportsInt | typing.SupportsIndex, x_dtype: str, top_k_index: typing.SupportsInt | typing.SupportsIndex, top_k_weights: typing.SupportsInt | typing.SupportsIndex, weights_dtype: str, out: typing.SupportsInt | typing.SupportsIndex, consumer: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        One MoE layer over contiguous tensors, given by their addresses, on the stream consumer.
+        """
+    def inject(self, fail_at_copy: typing.SupportsInt | typing.SupportsIndex = 0, delay_seed: typing.SupportsInt | typing.SupportsIndex = 0, max_delay_us: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        Plant faults in the link, for tests: the n-th piece fails, pieces wait at random.
+        """
+    def predict(self, layer: typing.SupportsInt | typing.SupportsIndex, scores: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], source: str = 'draft') -> None:
+        """
+        Scores of the target's router, float32 [experts].
+        """
+    def predict_on_device(self, layer: typing.SupportsInt | typing.SupportsIndex, scores: typing.SupportsInt | typing.SupportsIndex, source: str, consumer: typing.SupportsInt | typing.SupportsIndex) -> None:
+        """
+        Router scores, float32 in device memory, made by work on the stream consumer.
+        """
+    def record_routing(self, on: bool) -> None:
+        ...
+    def recorded_routing(self) -> list[tuple[int, list[int]]]:
+        ...
+    def replay_routing(self, routing: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]]], layer_count: typing.SupportsInt | typing.SupportsIndex, expert_count: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def set_limits(self, cutoff_layer: typing.SupportsInt | typing.SupportsIndex, budget_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], break_even: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        ...
+    def spans(self) -> list:
+        """
+        The latest spans: (lane, layer, expert or None, start_s, end_s, queue_depth).
+        """
+    def stats(self, by_layer: bool = True) -> dict:
+        ...
+def cuda_status() -> tuple[int, str]:
+    """
+    How many CUDA devices there are, and if none, why.
+    """
+def eviction_policy_names() -> list[str]:
+    ...
+def prefetch_policy_names() -> list[str]:
+    ...
