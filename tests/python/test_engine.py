@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -248,9 +249,28 @@ class TestBadRequests:
         with pytest.raises(spmoe.InvalidArgument, match="max_new_tokens must be at least 1, got 0"):
             engine.generate(PROMPT, max_new_tokens=0)
 
+    @pytest.mark.parametrize("count", [1.5, 2.0, "5", None, True, torch.tensor(2.0)])
+    def test_a_count_of_tokens_that_is_no_whole_number(
+        self, engine: spmoe.Engine, count: object
+    ) -> None:
+        with pytest.raises(
+            spmoe.InvalidArgument, match="max_new_tokens must be a whole number, got"
+        ):
+            engine.stream(PROMPT, max_new_tokens=count)
+
+    @pytest.mark.parametrize("stop", [5, b"x", ["a", 5], [None], 1.5, True])
+    def test_a_stop_that_is_no_string(self, engine: spmoe.Engine, stop: object) -> None:
+        with pytest.raises(spmoe.InvalidArgument, match="stop must be a string, several of them"):
+            engine.generate(PROMPT, stop=stop)
+
     def test_a_draft_length_out_of_range(self, engine: spmoe.Engine) -> None:
         with pytest.raises(spmoe.InvalidArgument, match=r"from 0 .* to 31, got 99"):
             engine.generate(PROMPT, draft_length=99)
+
+    def test_whole_numbers_of_numpy_and_no_stop_are_read(self, engine: spmoe.Engine) -> None:
+        result = engine.generate(PROMPT, max_new_tokens=np.int32(3), stop=None)
+        assert len(result.token_ids) == 3
+        assert len(engine.generate(PROMPT, max_new_tokens=3, stop=()).token_ids) == 3
 
     def test_an_option_that_does_not_exist(self, engine: spmoe.Engine) -> None:
         with pytest.raises(TypeError, match="temprature"):
