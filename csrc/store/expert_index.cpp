@@ -44,11 +44,13 @@ std::ptrdiff_t count_layers(const Layers& layers) {
                                [](const auto& layer) { return layer.second.naming != nullptr; });
 }
 
-Layers find_model(const std::vector<SafetensorsFile>& files) {
+Layers find_model(const std::vector<SafetensorsFile>& files, const Names& names) {
   std::map<std::string_view, Layers> stacks;
   for (const SafetensorsFile& file : files) {
     for (const TensorInfo& tensor : file.tensors) {
-      const auto name = parse_expert_tensor_name(tensor.name);
+      const auto given = names.find(tensor.name);
+      if (!names.empty() && given == names.end()) continue;
+      const auto name = parse_expert_tensor_name(names.empty() ? tensor.name : given->second);
       if (name) add(*name, tensor, file, stacks[name->stack][name->layer]);
     }
   }
@@ -57,10 +59,12 @@ Layers find_model(const std::vector<SafetensorsFile>& files) {
   if (largest == stacks.end() || size(*largest) == 0) {
     throw InvalidArgument{
         "no tensor in " + list_shortly(files) +
-        " is a routed expert's (layers.<n>...experts.<e>.gate_proj.weight or .w1.weight, or "
-        "layers.<n>...experts.gate_up_proj)" +
+        " is a routed expert's (layers.<n>...experts.<e>.gate_proj.weight or .w1.weight, "
+        "layers.<n>...experts.gate_up_proj or .fc1.weight, or "
+        "layers.<n>...block_sparse_moe.input_linear.weight)" +
         (largest == stacks.end() ? "" : hint_at_unread(largest->second.begin()->second.unread)) +
-        "; pass all shards of a mixture-of-experts model"};
+        "; pass all shards of a mixture-of-experts model, and the names of its expert tensors if "
+        "they are others"};
   }
   for (auto other = std::next(largest); other != stacks.end(); ++other) {
     if (size(*other) != size(*largest)) continue;
@@ -75,8 +79,9 @@ Layers find_model(const std::vector<SafetensorsFile>& files) {
 }  // namespace
 
 std::vector<LayerExperts> find_experts(const std::vector<SafetensorsFile>& files,
-                                       const std::vector<std::uint32_t>& wanted) {
-  Layers found = find_model(files);
+                                       const std::vector<std::uint32_t>& wanted,
+                                       const Names& names) {
+  Layers found = find_model(files, names);
   std::vector<LayerExperts> selected;
   if (wanted.empty()) {
     for (auto& [number, layer] : found) {

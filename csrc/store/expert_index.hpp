@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -12,14 +13,17 @@
 namespace spmoe {
 
 /// The expert tensors of one layer, as found; some may be missing. Views and pointers are into
-/// the files it was found in.
+/// the files it was found in, and into the names given.
 struct LayerExperts {
   std::uint32_t number = 0;  ///< as in the tensors' names
   const Naming* naming = nullptr;
-  std::string_view prefix;                         ///< of the names, up to and including "experts."
+  std::string_view prefix;                         ///< of the names, up to the parent's dot
   std::string_view unread;                         ///< an experts' tensor that spmoe does not read
   std::map<std::uint32_t, ExpertTensors> experts;  ///< by number; fused: all of them at 0
 };
+
+/// Names of tensors in files, and the names to read them by; see `ExpertStoreOptions::names`.
+using Names = std::map<std::string, std::string, std::less<>>;
 
 /// Finds the experts of the layers `wanted`, in that order, or of every layer that has some.
 /// A checkpoint may hold heads beside the model, with layer numbers of their own (Qwen3-Next's
@@ -28,7 +32,8 @@ struct LayerExperts {
 ///         are equally large; InvalidArgument if there are no experts at all, or a layer is
 ///         wanted twice.
 [[nodiscard]] std::vector<LayerExperts> find_experts(const std::vector<SafetensorsFile>& files,
-                                                     const std::vector<std::uint32_t>& wanted);
+                                                     const std::vector<std::uint32_t>& wanted,
+                                                     const Names& names);
 
 /// "a, b, c and 4 more"
 [[nodiscard]] std::string list_shortly(const std::vector<std::string>& names);

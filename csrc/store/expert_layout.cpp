@@ -30,8 +30,15 @@ constexpr std::array<Naming::Name, 4> fused_names{{{"gate_up_proj", gate_up, fal
                                                    {"down_proj", down, false},
                                                    {"gate_up_proj_bias", gate_up_bias, true},
                                                    {"down_proj_bias", down_bias, true}}};
-constexpr std::array<Naming, 3> namings{
-    {{projection_names, false}, {numbered_names, false}, {fused_names, true}}};
+constexpr std::array<Naming::Name, 2> fully_connected_names{
+    {{"fc1.weight", gate_up, false}, {"fc2.weight", down, false}}};
+constexpr std::array<Naming::Name, 2> parallel_names{
+    {{"input_linear.weight", gate_up, false}, {"output_linear.weight", down, false}}};
+constexpr std::array<Naming, 5> namings{{{"experts", projection_names, false},
+                                         {"experts", numbered_names, false},
+                                         {"experts", fused_names, true},
+                                         {"experts", fully_connected_names, true},
+                                         {"block_sparse_moe", parallel_names, true}}};
 
 /// Cuts the part before the first dot off `rest`.
 std::string_view take_word(std::string_view& rest) {
@@ -100,19 +107,22 @@ std::optional<ExpertTensorName> parse_expert_tensor_name(std::string_view name) 
       layer = parse_number(take_word(after));
       stack = name.substr(0, start);
     }
-    if (word != "experts" || !layer) continue;
+    if (!layer) continue;
     ExpertTensorName parsed{stack, *layer, name.substr(0, position()), 0, nullptr, gate};
     std::string_view suffix = rest;
     const auto expert = parse_number(take_word(suffix));
     if (!expert) suffix = rest;
     for (const Naming& naming : namings) {
       const auto found = std::ranges::find(naming.names, suffix, &Naming::Name::suffix);
-      if (naming.fused == expert.has_value() || found == naming.names.end()) continue;
+      if (word != naming.parent || naming.fused == expert.has_value() ||
+          found == naming.names.end()) {
+        continue;
+      }
       parsed.naming = &naming;
       parsed.part = found->part;
       parsed.expert = expert.value_or(0);
     }
-    return parsed;
+    if (parsed.naming != nullptr || word == "experts") return parsed;
   }
   return std::nullopt;
 }

@@ -28,20 +28,21 @@ inline constexpr std::size_t part_count = 8;
 /// A way in which checkpoints name the tensors of experts.
 struct Naming {
   struct Name {
-    std::string_view suffix;  ///< what follows "experts." and, unless fused, the expert's number
+    std::string_view suffix;  ///< follows the parent and, unless fused, the expert's number
     Part part;
     bool is_bias;
   };
+  std::string_view parent;      ///< module that holds the tensors, such as "experts"
   std::span<const Name> names;  ///< in blob order
   bool fused;                   ///< one tensor holds a part of all experts of a layer
 };
 
-/// What the name of an expert's tensor says: `<stack>layers.<layer>.<any>.experts.<suffix>`.
+/// What the name of an expert's tensor says: `<stack>layers.<layer>.<any>.<parent>.<suffix>`.
 /// The views are into that name, and into static memory.
 struct ExpertTensorName {
   std::string_view stack;  ///< what precedes "layers": "model." or, for an added head, "mtp."
   std::uint32_t layer;
-  std::string_view prefix;  ///< up to and including "experts."
+  std::string_view prefix;  ///< up to and including the parent's dot
   std::uint32_t expert;     ///< 0 if fused
   const Naming* naming;     ///< null: experts' tensor, but none that spmoe reads
   Part part;

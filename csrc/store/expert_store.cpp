@@ -182,7 +182,7 @@ std::shared_ptr<const ExpertStore> ExpertStore::open(
   std::vector<SafetensorsFile> opened;
   opened.reserve(files.size());
   for (const std::filesystem::path& file : files) opened.push_back(open_safetensors(file));
-  const std::vector<LayerExperts> layers = find_experts(opened, options.layers);
+  const std::vector<LayerExperts> layers = find_experts(opened, options.layers, options.names);
   const CommonFormat common = find_common_format(layers, options.interleaved, opened);
   return std::make_shared<CheckpointStore>(std::move(opened), layers, common);
 }

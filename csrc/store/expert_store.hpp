@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -20,13 +22,18 @@ struct ExpertStoreOptions {
   std::vector<std::uint32_t> layers;
   bool interleaved = false;  ///< gate and up alternate in the fused tensor (gpt_oss); no effect
                              ///< where they are two tensors
+  /// Names of expert tensors in the files, and a name that `parse_expert_tensor_name` understands
+  /// for each, by which messages call it. Tensors without one are ignored. Empty: the names in
+  /// the files are understood as they are.
+  std::map<std::string, std::string, std::less<>> names{};
 };
 
 /// Where the blobs of a model's routed experts rest: extents in the checkpoint's own safetensors
 /// shards, which stay open. Immutable after `open`, so thread-safe.
 class ExpertStore {
  public:
-  /// Reads the headers of `files`, never the weights. A file may be renamed or removed later.
+  /// Reads the headers of `files`, never the weights. A file may be renamed or removed later, but
+  /// not written to.
   /// @throws CheckpointError if a file is damaged, an expert lacks a tensor, two tensors claim
   ///         one place, a wanted layer has no experts, or dtypes or shapes differ between experts;
   ///         InvalidArgument if no tensor is an expert's, or a layer is wanted twice.

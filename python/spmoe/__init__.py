@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from spmoe.loader import load
     from spmoe.metrics import Metrics
     from spmoe.request import Generation
-    from spmoe.runtime import Runtime, open_store
+    from spmoe.runtime import Runtime
+    from spmoe.store import open_store
     from spmoe.verification import Verification, verify
 
     __version__: str
@@ -56,7 +57,8 @@ else:
         "spmoe.loader": ("load",),
         "spmoe.metrics": ("Metrics",),
         "spmoe.request": ("Generation",),
-        "spmoe.runtime": ("Runtime", "open_store"),
+        "spmoe.runtime": ("Runtime",),
+        "spmoe.store": ("open_store",),
         "spmoe.verification": ("Verification", "verify"),
     }
     _HOMES = {name: module for module, names in _MODULES.items() for name in names}

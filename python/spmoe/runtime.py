@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from os import PathLike, fspath
 from typing import Any, Literal
 
 import numpy as np
@@ -30,26 +29,6 @@ _DTYPE_NAMES = {
 }
 
 
-def open_store(
-    files: Sequence[str | PathLike[str]],
-    *,
-    layers: Sequence[int] = (),
-    interleaved: bool = False,
-) -> _core.ExpertStore:
-    """Find the routed experts in the safetensors shards of a checkpoint; reads headers only.
-
-    Args:
-        files: Every shard.
-        layers: Layer numbers, as in the tensors' names, in the order of MoE layers; empty: all.
-        interleaved: Gate and up alternate in the fused tensor (gpt_oss).
-
-    Raises:
-        CheckpointError: A shard is damaged or lacks a tensor, or experts differ in shape or dtype.
-        InvalidArgument: No tensor is an expert's.
-    """
-    return _core.ExpertStore([fspath(file) for file in files], list(layers), interleaved)
-
-
 class Runtime(Closeable):
     """Routed experts in a fixed amount of memory, fetched from their store when needed.
 
@@ -58,7 +37,7 @@ class Runtime(Closeable):
     torch's current stream, and no call waits for bytes.
 
     Args:
-        store: The model's experts; see `open_store`.
+        store: The model's experts; see `spmoe.open_store`.
         expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
         experts_per_token: The model's top-k.
         activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".

@@ -198,6 +198,48 @@ TEST_F(ExpertStoreTest, fused_tensors_are_cut_into_experts) {
   expect_blobs(*store, checkpoint);
 }
 
+TEST_F(ExpertStoreTest, fused_tensors_go_by_the_names_of_their_families) {
+  using FusedNames = std::array<std::string, 2>;
+  for (const FusedNames& names :
+       {FusedNames{"block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"},
+        FusedNames{"mlp.experts.fc1.weight", "mlp.experts.fc2.weight"}}) {
+    Checkpoint checkpoint;
+    for (std::uint16_t layer = 0; layer < 2; ++layer) {
+      const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+      checkpoint.add_fused(layer, prefix + names[0], {3, 2 * inter, hidden});
+      checkpoint.add_fused(layer, prefix + names[1], {3, hidden, inter});
+      checkpoint.add(prefix + "shared_mlp.input_linear.weight", {2 * inter, hidden});
+      checkpoint.add(prefix + "block_sparse_moe.router.layer.weight", {3, hidden});
+    }
+    const auto store = open(checkpoint);
+    expect_blobs(*store, checkpoint);
+    EXPECT_EQ(store->tensor_names().size(), 4U);
+    checkpoint.remove("model.layers.1." + names[1]);
+    EXPECT_TRUE(contains(refusal(checkpoint), "model.layers.1." + names[1] + " is missing"));
+  }
+}
+
+TEST_F(ExpertStoreTest, tensors_may_be_called_by_names_that_are_given) {
+  Checkpoint checkpoint;
+  ExpertStoreOptions options;
+  for (std::uint16_t expert = 0; expert < 3; ++expert) {
+    const std::string prefix = "h.0.ffn." + std::to_string(expert) + ".";
+    checkpoint.add_expert({0, expert}, prefix, {"v", "u", "o"});
+    const std::string known = "layers.0.experts." + std::to_string(expert) + ".";
+    options.names[prefix + "v.weight"] = known + "gate_proj.weight";
+    options.names[prefix + "u.weight"] = known + "up_proj.weight";
+    options.names[prefix + "o.weight"] = known + "down_proj.weight";
+  }
+  const std::vector<TestTensor> given = checkpoint.tensors;
+  checkpoint.add("layers.0.experts.0.gate_proj.weight", {1});  // not one of the names given
+  const auto store = open(checkpoint, options);
+  expect_blobs(*store, checkpoint);
+  EXPECT_EQ(store->tensor_names().size(), given.size());
+  EXPECT_EQ(store->tensor_names().front(), "h.0.ffn.0.o.weight");
+  checkpoint.remove("h.0.ffn.1.u.weight");
+  EXPECT_TRUE(contains(refusal(checkpoint, options), "layers.0.experts.1.up_proj.weight"));
+}
+
 TEST_F(ExpertStoreTest, transposed_tensors_with_biases_are_cut_into_experts) {
   Checkpoint checkpoint;
   const std::string prefix = "model.layers.0.mlp.experts.";

@@ -121,6 +121,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         first_k_dense_replace=1,
         num_nextn_predict_layers=0,
     ),
+    "granitemoe": lambda: _config(
+        "granitemoe",
+        intermediate_size=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        attention_multiplier=0.25,
+    ),
     "phimoe": lambda: _config(
         "phimoe", intermediate_size=48, num_local_experts=8, num_experts_per_tok=2
     ),
@@ -193,6 +200,19 @@ RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         attn_layer_offset=1,
         mamba_d_state=8,
         use_mamba_kernels=False,
+    ),
+    "granitemoehybrid": lambda: _config(
+        "granitemoehybrid",
+        intermediate_size=48,
+        shared_intermediate_size=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        attention_multiplier=0.25,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
     ),
 }
 

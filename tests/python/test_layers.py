@@ -24,7 +24,7 @@ MAY_INCLUDE = {
 # A library -> the only modules of spmoe that may import it.
 MAY_IMPORT = {
     "transformers": {"models/", "pairing", "demo"},
-    "spmoe._core": {"runtime", "devices", "models/experts", "errors", "simulate"},
+    "spmoe._core": {"runtime", "devices", "models/experts", "errors", "store", "simulate"},
 }
 PURE = {
     "confidence",

@@ -20,7 +20,8 @@ from spmoe.bench.bounds import touch_all
 from spmoe.config import format_bytes
 from spmoe.errors import Error
 from spmoe.progress import Progress, silent
-from spmoe.runtime import Runtime, open_store
+from spmoe.runtime import Runtime
+from spmoe.store import open_store
 
 REPEATS = 5  # of a measurement; the median counts
 

@@ -28,7 +28,8 @@ from spmoe.models.experts import (
 )
 from spmoe.models.linear import quicken
 from spmoe.models.pretrained import read_config, read_model, read_tokenizer
-from spmoe.runtime import Runtime, open_store
+from spmoe.runtime import Runtime
+from spmoe.store import open_store
 
 _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
 
