@@ -36,4 +36,11 @@ class CheckpointError : public Error {
   using Error::Error;
 };
 
+/// A file of the checkpoint was written to after it was opened. Python sees a `DeviceError` too,
+/// since the bytes that were asked for can no longer be read.
+class CheckpointChanged : public CheckpointError {
+ public:
+  using CheckpointError::CheckpointError;
+};
+
 }  // namespace spmoe

@@ -12,10 +12,12 @@ void bind_errors(py::module_& m) {
                                           py::make_tuple(error, py::handle(PyExc_ValueError)));
   py::register_exception<OutOfMemory>(m, "OutOfMemory",
                                       py::make_tuple(error, py::handle(PyExc_MemoryError)));
-  py::register_exception<DeviceError>(m, "DeviceError",
-                                      py::make_tuple(error, py::handle(PyExc_OSError)));
-  py::register_exception<CheckpointError>(m, "CheckpointError",
-                                          py::make_tuple(error, py::handle(PyExc_ValueError)));
+  auto device = py::register_exception<DeviceError>(
+      m, "DeviceError", py::make_tuple(error, py::handle(PyExc_OSError)));
+  auto checkpoint = py::register_exception<CheckpointError>(
+      m, "CheckpointError", py::make_tuple(error, py::handle(PyExc_ValueError)));
+  py::register_exception<CheckpointChanged>(m, "CheckpointChanged",
+                                            py::make_tuple(checkpoint, device));
 }
 
 }  // namespace spmoe

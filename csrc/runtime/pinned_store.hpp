@@ -41,6 +41,7 @@ class PinnedStore final : public ExpertStore {
   [[nodiscard]] std::vector<std::string> tensor_names() const override {
     return store_->tensor_names();
   }
+  void check_unchanged() const override { store_->check_unchanged(); }
 
   [[nodiscard]] std::uint64_t pinned_bytes() const noexcept;
   [[nodiscard]] double fill_s() const noexcept { return fill_s_; }  ///< reading took so long

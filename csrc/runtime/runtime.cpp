@@ -144,6 +144,7 @@ void Runtime::require_open(std::uint16_t layer) const {
 std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slot * slot_stride_; }
 
 void Runtime::begin_request() {
+  store_->check_unchanged();
   std::unique_lock lock{mutex_};
   require_open(0);
   landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });

@@ -79,6 +79,7 @@ class Runtime {
   void forward(std::uint16_t layer, const LayerArgs& args);
 
   /// A request begins; see `Scheduler::begin_request`.
+  /// @throws CheckpointChanged if a file that experts are read from was written to.
   void begin_request();
 
   /// Scores of the target's router for `layer` [expert_count], from anywhere; see

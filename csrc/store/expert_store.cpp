@@ -99,7 +99,7 @@ class CheckpointStore final : public ExpertStore {
     starts_.push_back(extents_.size());
     std::ranges::sort(tensor_names_);
     for (SafetensorsFile& file : files) {
-      files_.push_back({std::move(file.name), std::move(file.handle)});
+      files_.push_back({std::move(file.name), std::move(file.handle), file.stamp});
     }
   }
 
@@ -109,6 +109,18 @@ class CheckpointStore final : public ExpertStore {
   }
   std::uint16_t expert_count() const noexcept override { return expert_count_; }
   std::vector<std::string> tensor_names() const override { return tensor_names_; }
+
+  void check_unchanged() const override {
+    for (const OpenFile& file : files_) {
+      const FileStamp now = stamp_of(file.handle, file.name);
+      if (now == file.stamp) continue;
+      throw CheckpointChanged{
+          file.name + " was written to after it was loaded (it had " +
+          std::to_string(file.stamp.bytes) + " bytes, now " + std::to_string(now.bytes) +
+          "), and experts are read from it; load the model again, and replace a file of a loaded "
+          "checkpoint by renaming another one over it"};
+    }
+  }
 
   std::span<const Extent> extents(ExpertId expert) const override {
     if (expert.layer >= layer_count() || expert.expert >= expert_count_) {
@@ -138,6 +150,7 @@ class CheckpointStore final : public ExpertStore {
   struct OpenFile {
     std::string name;
     FileHandle handle;
+    FileStamp stamp;
   };
 
   void append_blob(const ExpertTensors& tensors, const Naming& naming, std::uint16_t expert) {

@@ -54,8 +54,12 @@ class ExpertStore {
   /// @throws InvalidArgument if there is no such expert.
   [[nodiscard]] virtual std::string describe(ExpertId expert) const = 0;
 
-  /// Names of the tensors that the blobs consist of, sorted.
+  /// Names in the files of the tensors that the blobs consist of, sorted.
   [[nodiscard]] virtual std::vector<std::string> tensor_names() const = 0;
+
+  /// One system call a file. @throws CheckpointChanged, naming the file, if it has another size or
+  /// time of writing than when it was opened.
+  virtual void check_unchanged() const = 0;
 };
 
 }  // namespace spmoe

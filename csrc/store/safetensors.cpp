@@ -44,15 +44,6 @@ FileHandle open_for_reading(const std::string& file) {
   return FileHandle{descriptor};
 }
 
-std::uint64_t measure(const FileHandle& handle, const std::string& file) {
-  struct stat status{};
-  if (::fstat(handle.get(), &status) != 0) refuse_access(file, "examine", errno);
-  if (!S_ISREG(status.st_mode)) {
-    throw CheckpointError{file + " is not a file; pass the paths of the checkpoint's shards"};
-  }
-  return static_cast<std::uint64_t>(status.st_size);
-}
-
 std::string read(const FileHandle& handle, const std::string& file, std::uint64_t offset,
                  std::uint64_t bytes) {
   std::string text(bytes, '\0');
@@ -162,6 +153,16 @@ FileHandle::~FileHandle() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
+FileStamp stamp_of(const FileHandle& handle, const std::string& file) {
+  struct stat status{};
+  if (::fstat(handle.get(), &status) != 0) refuse_access(file, "examine", errno);
+  if (!S_ISREG(status.st_mode)) {
+    throw CheckpointError{file + " is not a file; pass the paths of the checkpoint's shards"};
+  }
+  return {static_cast<std::uint64_t>(status.st_size), status.st_mtim.tv_sec,
+          status.st_mtim.tv_nsec};
+}
+
 std::string format_shape(const std::vector<std::uint64_t>& shape) {
   constexpr std::size_t shown = 6;
   std::string text;
@@ -178,8 +179,9 @@ std::string format_shape(const std::vector<std::uint64_t>& shape) {
 
 SafetensorsFile open_safetensors(const std::filesystem::path& path) {
   const std::string file = path.string();
-  SafetensorsFile opened{path.filename().string(), open_for_reading(file), {}};
-  const std::uint64_t file_bytes = measure(opened.handle, file);
+  SafetensorsFile opened{path.filename().string(), open_for_reading(file), {}, {}};
+  opened.stamp = stamp_of(opened.handle, file);
+  const std::uint64_t file_bytes = opened.stamp.bytes;
   const std::uint64_t header_bytes = read_header_length(opened.handle, file, file_bytes);
   const std::string header = read(opened.handle, file, length_bytes, header_bytes);
   try {

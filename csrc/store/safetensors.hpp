@@ -1,5 +1,6 @@
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -26,6 +27,18 @@ class FileHandle {
   int descriptor_ = -1;
 };
 
+/// Size and time of the last write of a file, which change when it is written to but not when it
+/// is renamed, linked or removed.
+struct FileStamp {
+  std::uint64_t bytes = 0;
+  std::int64_t written_s = 0;  ///< since 1970
+  std::int64_t written_ns = 0;
+  auto operator<=>(const FileStamp&) const = default;
+};
+
+/// @throws CheckpointError, naming `file`, if it cannot be examined or is not a regular file.
+[[nodiscard]] FileStamp stamp_of(const FileHandle& handle, const std::string& file);
+
 /// One tensor as the header of its file tells it.
 struct TensorInfo {
   std::string name;
@@ -40,6 +53,7 @@ struct TensorInfo {
 struct SafetensorsFile {
   std::string name;  ///< without its directory
   FileHandle handle;
+  FileStamp stamp;  ///< from before the header was read
   std::vector<TensorInfo> tensors;
 };
 

@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_status', 'eviction_policy_names', 'prefetch_policy_names']
+__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_status', 'eviction_policy_names', 'prefetch_policy_names']
 class Error(Exception):
     pass
 class InvalidArgument(Error, ValueError):
@@ -17,11 +17,13 @@ class DeviceError(Error, OSError):
     pass
 class CheckpointError(Error, ValueError):
     pass
+class CheckpointChanged(CheckpointError, DeviceError):
+    pass
 class ExpertStore:
     """
     Where the blobs of a model's routed experts rest. Immutable.
     """
-    def __init__(self, files: collections.abc.Sequence[str], layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], interleaved: bool = False) -> None:
+    def __init__(self, files: collections.abc.Sequence[str], layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], interleaved: bool = False, names: collections.abc.Mapping[str, str] = {}) -> None:
         """
         Open the safetensors shards of a checkpoint and find its experts. Reads headers only.
 
@@ -29,10 +31,19 @@ class ExpertStore:
             files: Paths of every shard.
             layers: Layer numbers, as in the tensors' names, in the order of MoE layers; empty means all.
             interleaved: Gate and up alternate in the fused tensor (gpt_oss).
+            names: Names of expert tensors in the shards, with one of spmoe's own names for each; empty
+                means that the shards use such names.
 
         Raises:
             CheckpointError: A shard is damaged or lacks a tensor, or experts differ in shape or dtype.
             InvalidArgument: No tensor is an expert's.
+        """
+    def check_unchanged(self) -> None:
+        """
+        Compare size and time of writing of every shard with those from when it was opened.
+
+        Raises:
+            CheckpointChanged: A shard was written to.
         """
     @property
     def blob_bytes(self) -> int:

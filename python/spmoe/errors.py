@@ -1,5 +1,19 @@
 """The errors that spmoe raises on purpose; every one is an `Error`."""
 
-from spmoe._core import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
+from spmoe._core import (
+    CheckpointChanged,
+    CheckpointError,
+    DeviceError,
+    Error,
+    InvalidArgument,
+    OutOfMemory,
+)
 
-__all__ = ["CheckpointError", "DeviceError", "Error", "InvalidArgument", "OutOfMemory"]
+__all__ = [
+    "CheckpointChanged",
+    "CheckpointError",
+    "DeviceError",
+    "Error",
+    "InvalidArgument",
+    "OutOfMemory",
+]

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <filesystem>
 #include <functional>
 #include <map>
@@ -365,6 +366,23 @@ TEST_F(ExpertStoreTest, blobs_stay_readable_after_their_files_were_removed) {
   const auto store = open(checkpoint);
   std::filesystem::remove(directory.path() / "shard-0");
   expect_blobs(*store, checkpoint);
+}
+
+TEST_F(ExpertStoreTest, a_file_that_is_written_to_is_noticed_and_one_that_is_replaced_is_not) {
+  const auto store = ExpertStore::open(write(small_checkpoint(), 2));
+  const std::filesystem::path first = directory.path() / "shard-0";
+  const std::filesystem::path second = directory.path() / "shard-1";
+  store->check_unchanged();
+  std::filesystem::rename(directory.write("new", "other"), first);
+  std::filesystem::permissions(second, std::filesystem::perms::owner_all);
+  store->check_unchanged();
+  const auto written = std::filesystem::last_write_time(second);
+  std::filesystem::last_write_time(second, written + std::chrono::nanoseconds{1});
+  EXPECT_TRUE(contains(message_of<CheckpointChanged>([&] { store->check_unchanged(); }), "shard-1",
+                       "load the model again"));
+  std::filesystem::resize_file(second, 16);
+  std::filesystem::last_write_time(second, written);
+  EXPECT_TRUE(contains(message_of<CheckpointChanged>([&] { store->check_unchanged(); }), "now 16"));
 }
 
 TEST_F(ExpertStoreTest, an_expert_outside_the_store_is_refused) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/error.hpp"
 #include "random_expert.hpp"
 #include "store/expert_store.hpp"
 #include "temp_file.hpp"
@@ -39,6 +40,11 @@ class FakeStore final : public ExpertStore {
            (file_ == nullptr ? " (memory)" : " (fake.safetensors)");
   }
   [[nodiscard]] std::vector<std::string> tensor_names() const override { return {}; }
+
+  void check_unchanged() const override {
+    if (changed) throw CheckpointChanged{"fake.safetensors was written to"};
+  }
+  bool changed = false;  ///< what `check_unchanged` reports
 
   [[nodiscard]] const RandomExpert& expert(ExpertId id) const { return experts_.at(place(id)); }
 

@@ -56,6 +56,16 @@ TEST(Runtime, forward_is_the_weighted_sum_of_the_experts) {
   }
 }
 
+TEST(Runtime, a_request_over_files_that_were_written_to_is_refused) {
+  const auto files = std::make_shared<FakeStore>(format, 2, 8);
+  Runtime runtime{files, options(4)};
+  runtime.begin_request();
+  files->changed = true;
+  EXPECT_THROW(runtime.begin_request(), CheckpointChanged);
+  files->changed = false;
+  runtime.begin_request();
+}
+
 TEST(Runtime, sums_in_the_order_of_the_router_s_choices) {
   std::mt19937 random{30};
   Runtime runtime{store(), options(4)};
