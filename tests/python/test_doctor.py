@@ -226,10 +226,25 @@ def test_the_link_is_measured_by_the_runtime_and_leaves_nothing(tmp_path: Path) 
     assert link.cached_gbps > 0
     assert link.cold_gbps is None or link.cold_gbps > 0
     assert link.pinned_gbps is None
-    assert not list((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["doctor", ".lock"]
     assert ("writing experts to read", 2, 2) in told
     assert memcpy_gbps(4096) > 0
     assert chosen_isa() in ("avx512", "avx2", "baseline")
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    def copy(description: str, done: int, total: int) -> None:
+        """Leave what a process would that was killed once its sample was written."""
+        if (description, done) == ("writing experts to read", total):
+            [sample] = {file.parent for file in tmp_path.rglob("*.safetensors")}
+            shutil.copytree(sample, f"{sample}-killed")
+
+    measure_link(tmp_path, sample=TINY, progress=copy)
+    (tmp_path / "doctor-abc").mkdir()  # of a version without a lock
+    (tmp_path / "doctor-abc" / "layer-0.safetensors").touch()
+    assert len(list(tmp_path.rglob("*.safetensors"))) == TINY.layers + 1
+    measure_link(tmp_path, sample=TINY)
+    assert [path.name for path in tmp_path.rglob("*")] == ["doctor", ".lock"]
 
 
 def test_pages_that_stay_are_not_called_cold(tmp_path: Path, monkeypatch) -> None:

@@ -18,7 +18,7 @@ from spmoe.progress import Progress
 MANIFEST = "manifest.json"
 DISK_CURE = "free some space, or set SPMOE_CACHE to a folder on another disk"
 _FORMAT = 1  # of the manifest
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"  # in the name of what is not whole yet
 
 
 def is_complete(directory: Path, fingerprint: str) -> bool:
@@ -33,21 +33,28 @@ def is_complete(directory: Path, fingerprint: str) -> bool:
 
 
 @contextmanager
-def only_process(root: Path, progress: Progress) -> Iterator[None]:
+def only_process(
+    root: Path, progress: Progress, *, other: str = "another process that makes the pair"
+) -> Iterator[None]:
     """Hold the lock of a cache; another process that holds it is waited for.
 
     On entry, what killed processes left behind is removed.
+
+    Args:
+        root: The cache's folder; made if it is not there.
+        progress: Called with a description if there is somebody to wait for.
+        other: Who that is.
     """
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        progress("waiting for another process that makes the pair", 0, 1)
+        progress(f"waiting for {other}", 0, 1)
         lock.acquire()
-        progress("waiting for another process that makes the pair", 1, 1)
+        progress(f"waiting for {other}", 1, 1)
     try:
-        for leftover in root.glob(f".*{_PARTIAL}*"):
+        for leftover in root.glob(f".*{PARTIAL}*"):
             shutil.rmtree(leftover)
         yield
     finally:
@@ -97,7 +104,7 @@ def check_space(root: Path, needed_bytes: int) -> None:
 
 
 def _partial(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}{_PARTIAL}{os.getpid()}")
+    return directory.with_name(f".{directory.name}{PARTIAL}{os.getpid()}")
 
 
 def _sync(path: Path) -> None:

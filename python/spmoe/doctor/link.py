@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from spmoe.bench.bounds import touch_all
 from spmoe.config import format_bytes
+from spmoe.demo.cache import PARTIAL, only_process
 from spmoe.errors import Error
 from spmoe.progress import Progress, silent
 from spmoe.runtime import Runtime
@@ -79,6 +80,8 @@ def measure_link(
 ) -> Link:
     """Write experts into a temporary folder and let a runtime read them, in all the ways it can.
 
+    One process at a time measures; samples that killed ones left behind are removed.
+
     Args:
         folder: On the disk that is to be measured; made if it is not there.
         device: As for `Runtime`.
@@ -91,7 +94,16 @@ def measure_link(
     """
     sample = sample or Sample()
     report = progress or silent
-    folder.mkdir(parents=True, exist_ok=True)
+    room = folder / "doctor"
+    with only_process(room, report, other="another `spmoe doctor`"):
+        for leftover in folder.glob("doctor-*/"):  # of versions without a lock
+            shutil.rmtree(leftover)
+        _check_space(room, sample)
+        with tempfile.TemporaryDirectory(prefix=f".sample{PARTIAL}", dir=room) as place:
+            return _measure(Path(place), device, sample, report)
+
+
+def _check_space(folder: Path, sample: Sample) -> None:
     free = shutil.disk_usage(folder).free
     if free < sample.file_bytes:
         raise Error(
@@ -99,25 +111,28 @@ def measure_link(
             f"{format_bytes(free)} are free there; free some, or set SPMOE_CACHE to a folder on "
             "another disk"
         )
-    with tempfile.TemporaryDirectory(prefix="doctor-", dir=folder) as place:
-        files = _write(Path(place), sample, report)
-        unpinned = {} if device == "host" else {"pinned_memory": 0}
-        with _open(files, sample, device, **unpinned) as runtime:
-            touch_all(runtime)  # slots and pages
-            cached = _median("reading from the page cache", report, partial(_pass_gbps, runtime))
-            can_drop = _drop_pages(files)
-            cold = (
-                _median("reading from the disk", report, partial(_cold_gbps, runtime, files))
-                if can_drop
-                else None
+
+
+def _measure(place: Path, device: str, sample: Sample, report: Progress) -> Link:
+    """Return the link by a sample in the empty folder ``place``."""
+    files = _write(place, sample, report)
+    unpinned = {} if device == "host" else {"pinned_memory": 0}
+    with _open(files, sample, device, **unpinned) as runtime:
+        touch_all(runtime)  # slots and pages
+        cached = _median("reading from the page cache", report, partial(_pass_gbps, runtime))
+        can_drop = _drop_pages(files)
+        cold = (
+            _median("reading from the disk", report, partial(_cold_gbps, runtime, files))
+            if can_drop
+            else None
+        )
+    pinned = None
+    if device != "host":
+        with _open(files, sample, device, pinned_memory="100%") as runtime:
+            touch_all(runtime)
+            pinned = _median(
+                "copying from page-locked memory", report, partial(_pass_gbps, runtime)
             )
-        pinned = None
-        if device != "host":
-            with _open(files, sample, device, pinned_memory="100%") as runtime:
-                touch_all(runtime)
-                pinned = _median(
-                    "copying from page-locked memory", report, partial(_pass_gbps, runtime)
-                )
     return Link(device, sample.file_bytes, cold, cached, pinned)
 
 
