@@ -5,8 +5,7 @@ Source: ours. SP-MoE, arXiv:2510.10302, section 3.1, needs a draft of the target
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -21,6 +20,7 @@ from spmoe.errors import InvalidArgument
 from spmoe.progress import Progress, silent
 from spmoe.ridge import RidgeFit
 from spmoe.states import HasMoeLayers, decoder_layers, read_text, watch_routing, watch_state
+from spmoe.whole_file import write_whole
 
 # The draft's own norm makes tokens alike in size, as a linear map needs them.
 MAPPED_STATE = "mlp-input"
@@ -101,13 +101,7 @@ class LayerMap:
             "pair": pair,
             "experts_per_token": str(self.experts_per_token),
         }
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            partial.write_bytes(save(tensors, metadata))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(Path(path), save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | PathLike[str], pair: str) -> Self:
@@ -120,7 +114,7 @@ class LayerMap:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InvalidArgument(
                 f"the layer map {path} cannot be read ({error}); run `spmoe profile` again"
             ) from error
@@ -133,19 +127,40 @@ class LayerMap:
                     f"the layer map {path} is stale: it is of {what} {found}, {wanted} is wanted; "
                     "run `spmoe profile` again"
                 )
-        weights, layers, recall = (
-            tensors.get(name, torch.empty(0))
-            for name in ("weights", "draft_layers", "held_out_recall")
-        )
-        if weights.ndim != 3 or not len(weights) == len(layers) == len(recall):
+        try:
+            return cls._of(tensors, int(metadata["experts_per_token"]))
+        except (KeyError, ValueError) as error:
             raise InvalidArgument(
-                f"the layer map {path} is damaged: weights {list(weights.shape)} for "
-                f"{len(layers)} layers; run `spmoe profile` again"
+                f"the layer map {path} is damaged ({error}); run `spmoe profile` again"
+            ) from error
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, torch.Tensor], experts_per_token: int) -> Self:
+        """Return the map of a file's tensors.
+
+        Raises:
+            KeyError: One is missing.
+            ValueError: One has a wrong shape or dtype, or a value that none can have.
+        """
+        weights, layers, recall = (
+            tensors[name] for name in ("weights", "draft_layers", "held_out_recall")
+        )
+        if (
+            weights.ndim != 3
+            or weights.dtype != torch.float32
+            or not weights.isfinite().all()
+            or layers.dtype != torch.int64
+            or recall.dtype != torch.float32
+            or not layers.shape == recall.shape == weights.shape[:1]
+            or not 1 <= experts_per_token <= weights.shape[2]
+        ):
+            raise ValueError(
+                f"weights {list(weights.shape)} of {weights.dtype} for {list(layers.shape)} layers"
             )
         return cls(
             draft_layers=tuple(layers.tolist()),
             weights=weights,
-            experts_per_token=int(metadata["experts_per_token"]),
+            experts_per_token=experts_per_token,
             held_out_recall=tuple(recall.tolist()),
         )
 

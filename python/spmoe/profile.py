@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -18,14 +18,21 @@ import torch
 from spmoe.config import default_cache
 from spmoe.costs import Costs
 from spmoe.devices import device_model
-from spmoe.errors import InvalidArgument
+from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.metrics import cpu_model
 from spmoe.models.checkpoint import find_checkpoint
+from spmoe.states import HasMoeLayers
+from spmoe.whole_file import write_whole
 
 log = logging.getLogger("spmoe")
 
 _FORMAT = 2
+
+# Kept costs past these are damaged, and sums of them could overflow.
+_SHORTEST_S, _LONGEST_S = 1e-12, 1e6
+_MOST_ROWS = 1 << 16
+_MOST_BYTES = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Fingerprint:
                 "cores": len(os.sched_getaffinity(0)),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
-                "spmoe": version("spmoe"),
+                "spmoe": _version(),
             },
             settings={
                 "dtype": str(dtype),
@@ -114,14 +121,22 @@ class Profile:
         """Write it to its place in the cache folder, whole or not at all; return the place.
 
         The map goes beside it.
+
+        Raises:
+            Error: The cache folder cannot be written, or its disk is full.
         """
         path = self.fingerprint.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"format": _FORMAT} | self.as_dict(), indent=1))
-        partial.replace(path)
-        if self.layer_map is not None:
-            self.layer_map.save(self.fingerprint.layer_map_path, self.fingerprint.pair)
+        text = json.dumps({"format": _FORMAT} | self.as_dict(), indent=1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.layer_map is not None:
+                self.layer_map.save(self.fingerprint.layer_map_path, self.fingerprint.pair)
+            write_whole(path, text.encode())
+        except OSError as error:
+            raise Error(
+                f"the profile cannot be kept in {path.parent} ({error}): free some space, or set "
+                "SPMOE_CACHE to a folder that can be written"
+            ) from error
         return path
 
 
@@ -129,49 +144,115 @@ def find_profile(fingerprint: Fingerprint) -> Profile | None:
     """Return the profile kept for this fingerprint, None if there is none.
 
     Raises:
-        InvalidArgument: There is one, but it is stale or damaged; the message says which.
+        InvalidArgument: There is one, but it is stale, damaged or unreadable; the message says
+            which.
     """
     try:
-        kept = json.loads(fingerprint.path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        kept = {}
-    if kept.get("format") != _FORMAT:
+        path = fingerprint.path
+        if not path.exists():
+            return None
+        # Opening a pipe would wait for somebody to write to it.
+        kept = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "null")
+    except OSError as error:
         raise InvalidArgument(
-            f"{fingerprint.path} is not a profile of this version: run `spmoe profile` again"
-        )
-    for name, found in fingerprint.machine.items():
-        if (measured := kept["fingerprint"]["machine"].get(name)) != found:
-            raise InvalidArgument(
-                f'the profile was measured with {name} "{measured}", but here it is "{found}": '
-                "run `spmoe profile` again"
-            )
-    costs = kept["costs"]
-    for name in ("layer_s", "copy_s"):
-        costs[name] = {int(at): seconds for at, seconds in costs[name].items()}
-    return Profile(Costs(**costs), kept["spread"], fingerprint)
+            f"no profile can be read ({error}): set SPMOE_CACHE to a folder of this user"
+        ) from error
+    except (ValueError, RecursionError):
+        kept = None
+    damaged = f"{path} is not a profile of this version: run `spmoe profile` again"
+    if not isinstance(kept, dict) or kept.get("format") != _FORMAT:
+        raise InvalidArgument(damaged)
+    try:
+        machine = kept["fingerprint"]["machine"]
+        for name, found in fingerprint.machine.items():
+            if machine[name] != found:
+                raise InvalidArgument(
+                    f'the profile was measured with {name} "{machine[name]}", but here it is '
+                    f'"{found}": run `spmoe profile` again'
+                )
+        return Profile(_costs(kept["costs"]), dict(kept["spread"]), fingerprint)
+    except InvalidArgument:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InvalidArgument(damaged) from error
 
 
-def known_costs(fingerprint: Fingerprint) -> Costs | None:
-    """Return the costs kept for this fingerprint; None, with a warning if there are stale ones."""
+def _costs(kept: dict[str, Any]) -> Costs:
+    """Return the costs that JSON holds.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: They are none, or are past
+            what any machine takes.
+    """
+    values = kept | {
+        name: {int(at): seconds for at, seconds in kept[name].items()}
+        for name in ("layer_s", "copy_s")
+    }
+    costs = Costs(**values)
+    singles = (costs.draft_s, costs.prefetch_s, costs.draft_token_s)
+    times = [*singles, *costs.layer_s.values(), *costs.copy_s.values()]
+    counts = [*costs.layer_s, *costs.copy_s]
+    if not (
+        all(time == 0 or _SHORTEST_S <= time <= _LONGEST_S for time in times)
+        and all(1 <= count <= _MOST_ROWS for count in counts)
+        and type(costs.expert_bytes) is int
+        and costs.expert_bytes <= _MOST_BYTES
+    ):
+        raise ValueError(f"{costs} are no costs of any machine")
+    return costs
+
+
+def known_costs(fingerprint: Fingerprint, expert_bytes: int | None = None) -> Costs | None:
+    """Return the costs kept for this fingerprint; None, with a warning if there are stale ones.
+
+    Args:
+        fingerprint: Of the pair.
+        expert_bytes: What an expert takes, if known: costs of other experts are stale.
+    """
     try:
         kept = find_profile(fingerprint)
+        if kept is None:
+            return None
+        if expert_bytes not in (None, kept.costs.expert_bytes):
+            raise InvalidArgument(
+                f"the profile was measured with experts of {kept.costs.expert_bytes} bytes, but "
+                f"here they take {expert_bytes}: run `spmoe profile` again"
+            )
     except InvalidArgument as stale:
         log.warning("%s; estimating instead", stale)
         return None
-    return kept.costs if kept is not None else None
+    return kept.costs
 
 
-def known_layer_map(fingerprint: Fingerprint) -> LayerMap | None:
-    """Return the map kept for this pair; None, with a warning if there is a stale one."""
-    if not fingerprint.layer_map_path.exists():
+def known_layer_map(
+    fingerprint: Fingerprint, target: HasMoeLayers | None = None, draft: Any = None
+) -> LayerMap | None:
+    """Return the map kept for this pair; None, with a warning if there is a stale one.
+
+    A cache folder that cannot be read holds none; `known_costs` warns of it.
+
+    Args:
+        fingerprint: Of the pair.
+        target: With ``draft``: a map that does not fit them is stale.
+        draft: Of the pair.
+    """
+    try:
+        path = fingerprint.layer_map_path
+        if not path.exists():
+            return None
+    except OSError:
         return None
     try:
-        return LayerMap.load(fingerprint.layer_map_path, fingerprint.pair)
+        kept = LayerMap.load(path, fingerprint.pair)
+        reason = kept.mismatch(target, draft) if target is not None and draft is not None else None
+        if reason is not None:
+            raise InvalidArgument(
+                f"the layer map {path} is stale: {reason}; run `spmoe profile` again"
+            )
     except InvalidArgument as stale:
         log.warning("%s", stale)
         return None
+    return kept
 
 
 def _describe(model: str | PathLike[str]) -> Mapping[str, Any]:
@@ -180,3 +261,10 @@ def _describe(model: str | PathLike[str]) -> Mapping[str, Any]:
         "config": json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8")),
         "files": {shard.name: shard.stat().st_size for shard in checkpoint.shards},
     }
+
+
+def _version() -> str:
+    try:
+        return version("spmoe")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -245,7 +246,9 @@ class TestFile:
         fitted = shorter.fitted
         broken = LayerMap(fitted.draft_layers, fitted.weights[:2], 3, fitted.held_out_recall)
         broken.save(tmp_path / "map", PAIR)
-        with pytest.raises(spmoe.InvalidArgument, match=r"damaged: weights \[2, 65, 8\] for 3"):
+        with pytest.raises(
+            spmoe.InvalidArgument, match=r"damaged \(weights \[2, 65, 8\] .* for \[3\]"
+        ):
             LayerMap.load(tmp_path / "map", PAIR)
 
     def test_a_write_that_fails_leaves_the_old_file(
@@ -254,12 +257,10 @@ class TestFile:
         path = tmp_path / "map"
         shorter.fitted.save(path, PAIR)
 
-        def half(self: Path, data: bytes) -> int:
-            with self.open("wb") as file:
-                file.write(data[: len(data) // 2])
+        def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_bytes", half)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             shorter.fitted.save(path, "another pair")
         LayerMap.load(path, PAIR)
