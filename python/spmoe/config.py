@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from spmoe.errors import InvalidArgument
 
@@ -24,6 +27,9 @@ _UNITS = {
 }
 
 
+_MAX_BYTES = (1 << 63) - 1  # of any amount: sizes are 64 bits wide
+
+
 def parse_memory(text: int | str, total_bytes: int) -> int:
     """Return the bytes that a memory setting means.
 
@@ -32,7 +38,7 @@ def parse_memory(text: int | str, total_bytes: int) -> int:
         total_bytes: All experts of the model.
 
     Raises:
-        InvalidArgument: It is none of these, or not positive.
+        InvalidArgument: It is none of these, under one byte, or past 64 bits.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]*)\s*", str(text))
     unit = match[2].lower() if match else None
@@ -42,10 +48,10 @@ def parse_memory(text: int | str, total_bytes: int) -> int:
         value = float(match[1]) * _UNITS[unit]
     else:
         value = 0.0
-    if value < 1:
+    if not 1 <= value <= _MAX_BYTES:
         raise InvalidArgument(
-            f'expert_memory "{text}" is not an amount of memory; '
-            'give a share of the experts such as "25%", a size such as "6GiB", or bytes'
+            f'expert_memory "{_shown(text)}" is not an amount of memory; give "auto", a share of '
+            'the experts such as "25%", a size such as "6GiB", or bytes'
         )
     return int(value)
 
@@ -62,9 +68,81 @@ def parse_pinned_memory(text: int | str, total_bytes: int) -> int:
         return parse_memory(text, total_bytes)
     except InvalidArgument:
         raise InvalidArgument(
-            f'pinned_memory "{text}" is not an amount of memory; give "auto", 0, a share of the '
-            'experts such as "50%", a size such as "32GiB", or bytes'
+            f'pinned_memory "{_shown(text)}" is not an amount of memory; give "auto", 0, a share '
+            'of the experts such as "50%", a size such as "32GiB", or bytes'
         ) from None
+
+
+def check_memory(text: int | str) -> None:
+    """Check the syntax of ``expert_memory``, before the model's size is known.
+
+    Raises:
+        InvalidArgument: It is neither "auto" nor what `parse_memory` takes.
+    """
+    if text != "auto":
+        parse_memory(text, _ANY_TOTAL_BYTES)
+
+
+def check_pinned_memory(text: int | str) -> None:
+    """Check the syntax of ``pinned_memory``, before the model's size is known.
+
+    Raises:
+        InvalidArgument: It is neither "auto" nor what `parse_pinned_memory` takes.
+    """
+    if text != "auto":
+        parse_pinned_memory(text, _ANY_TOTAL_BYTES)
+
+
+_ANY_TOTAL_BYTES = 1 << 40  # of a model that is not open yet
+
+
+def check_choice(setting: str, value: str, choices: Iterable[str]) -> None:
+    """Check that a setting is one of its choices.
+
+    Raises:
+        InvalidArgument: It is not; the message names them.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise InvalidArgument(f'{setting} "{_shown(value)}" is not one of {", ".join(choices)}')
+
+
+def check_link_gbps(link_gbps: float) -> float:
+    """Return ``link_gbps``, 10^9 bytes a second, 0 for as fast as it goes.
+
+    Raises:
+        InvalidArgument: It is negative, not finite or not a number.
+    """
+    if isinstance(link_gbps, bool) or not isinstance(link_gbps, (int, float)):
+        raise InvalidArgument(f"link_gbps must be a number, got {_shown(link_gbps)}")
+    if not 0 <= link_gbps < math.inf:
+        raise InvalidArgument(
+            f"link_gbps must be 0 (as fast as it goes) or a rate in 10^9 bytes a second, "
+            f"got {link_gbps}"
+        )
+    return link_gbps
+
+
+def check_count(setting: str, value: int | None, *, least: int, most: int) -> None:
+    """Check that a setting is a whole number in a range.
+
+    Raises:
+        InvalidArgument: It is not.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, SupportsIndex)
+        or not least <= operator.index(value) <= most
+    ):
+        raise InvalidArgument(
+            f"{setting} must be a whole number from {least} to {most}, got {_shown(value)}"
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a setting, short enough for a message."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def format_bytes(count: float) -> str:
@@ -77,11 +155,21 @@ def format_bytes(count: float) -> str:
 
 
 def default_cache() -> Path:
-    """Return the user's cache folder for spmoe: ``SPMOE_CACHE``, or as the XDG rules say."""
+    """Return the user's cache folder for spmoe: ``SPMOE_CACHE``, or as the XDG rules say.
+
+    Raises:
+        OSError: The user has no home folder, and neither variable is set.
+    """
     if chosen := os.environ.get("SPMOE_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "spmoe"
+        return Path(os.path.expanduser(chosen))  # noqa: PTH111  leaves an unknown user's "~" as it is
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "spmoe"
+    try:
+        return Path.home() / ".cache" / "spmoe"
+    except RuntimeError as error:
+        raise OSError(
+            "this user has no home folder to keep a cache in: set SPMOE_CACHE or HOME"
+        ) from error
 
 
 def check_draft_length(draft_length: int | str) -> int | Literal["auto"]:
@@ -93,8 +181,9 @@ def check_draft_length(draft_length: int | str) -> int | Literal["auto"]:
     """
     if draft_length == "auto":
         return "auto"
-    if not re.fullmatch("[0-9]+", str(draft_length)) or int(draft_length) > 31:
+    if not re.fullmatch("[0-9]{1,9}", str(draft_length)) or int(draft_length) > 31:
         raise InvalidArgument(
-            f'draft_length must be "auto" or from 0 (no speculation) to 31, got {draft_length}'
+            f'draft_length must be "auto" or from 0 (no speculation) to 31, '
+            f"got {_shown(draft_length)}"
         )
     return int(draft_length)

@@ -6,8 +6,7 @@ from os import PathLike
 
 import torch
 
-from spmoe.config import check_draft_length
-from spmoe.devices import native_name, resolve_device
+from spmoe.devices import native_name
 from spmoe.engine import Engine
 from spmoe.measure import estimate
 from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolve_dtype
@@ -15,6 +14,7 @@ from spmoe.pairing import check_pairing
 from spmoe.planner import PLANNED
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, Steps, silent
+from spmoe.settings import check_settings
 
 
 def load(
@@ -28,6 +28,7 @@ def load(
     policy: str = "horizon",
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
+    max_context: int | None = None,
     link_gbps: float = 0.0,
     trace_spans: int = 0,
     progress: Progress | None = None,
@@ -47,6 +48,8 @@ def load(
         eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
         dtype: Of the target's activations and of all its weights but the experts', which keep the
             checkpoint's; None means float32 on the host. The draft keeps its checkpoint's.
+        max_context: Tokens of prompt and answer that memory is kept for; None: the model's own
+            context, 4096 at most.
         link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
         trace_spans: Spans of time that `Runtime.spans` keeps.
         progress: Called as things are loaded, with a description, and done of total.
@@ -57,8 +60,18 @@ def load(
         OutOfMemory: The budget is not to be had.
         DeviceError: The CUDA device cannot be used; the message says why.
     """
-    check_draft_length(draft_length)
-    place = resolve_device(device)
+    place = check_settings(
+        expert_memory=expert_memory,
+        pinned_memory=pinned_memory,
+        draft_length=draft_length,
+        policy=policy,
+        eviction=eviction,
+        device=device,
+        dtype=dtype,
+        link_gbps=link_gbps,
+        trace_spans=trace_spans,
+        max_context=max_context,
+    )
     device = native_name(place)
     chosen = resolve_dtype(dtype)
     measured = policy in PLANNED or (draft_length == "auto" and draft is not None)
@@ -82,8 +95,8 @@ def load(
                 pinned_memory=pinned_memory,
                 link_gbps=link_gbps,
             )
-            layer_map = known_layer_map(fingerprint)
-            costs = known_costs(fingerprint) or estimate(
+            layer_map = known_layer_map(fingerprint, loaded, drafter)
+            costs = known_costs(fingerprint, loaded.store.blob_bytes) or estimate(
                 loaded,
                 drafter,
                 expert_memory=expert_memory,

@@ -29,6 +29,7 @@ from spmoe.models.experts import (
 from spmoe.models.linear import quicken
 from spmoe.models.pretrained import read_config, read_model, read_tokenizer
 from spmoe.runtime import Runtime
+from spmoe.settings import check_dtype
 from spmoe.store import open_store
 
 _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
@@ -206,10 +207,7 @@ def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """Return the torch dtype that a setting means; None means float32."""
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InvalidArgument(f'dtype "{dtype}" is not float32, bfloat16 or float16')
-    return resolved
+    return check_dtype(dtype) or torch.float32
 
 
 def _check_store(name: str, store: ExpertStore, expected: ExpertFormat) -> None:
