@@ -31,7 +31,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import spmoe
 from spmoe.bench.cell import Tally, run_prompt
-from spmoe.cli.options import find_models, pair_options, progress_bar
+from spmoe.cli.options import find_models, pair_options
+from spmoe.cli.progress import progress_bar
 from spmoe.config import format_bytes, parse_memory
 from spmoe.devices import cuda_status, device_model, resolve_device
 from spmoe.machine import read_memory
@@ -85,7 +86,7 @@ def main(**flags: Any) -> None:
     if reason := reason_to_skip(flags["device"]):
         click.echo(f"skipped: {reason}")
         return
-    target, draft = find_models(**flags | {"quiet": False})
+    target, draft = find_models(**flags)
     dtype = resolve_dtype(flags["dtype"])
     dense_bytes, expert_bytes = _sizes(target, dtype, flags["expert_memory"])
     lengths = [0] if draft is None else [0, flags["draft_length"]]

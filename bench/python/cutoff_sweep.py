@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from spmoe.bench.bounds import link_peak_gbps
 from spmoe.bench.cell import Cell, Models, Tally, load_models, open_engine, run_prompt
-from spmoe.cli.options import find_models, link_option, pair_options, progress_bar
+from spmoe.cli.options import find_models, link_option, pair_options
+from spmoe.cli.progress import progress_bar
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import resolve_dtype
 from spmoe.prompts import select_prompts
@@ -37,7 +38,7 @@ from spmoe.prompts import select_prompts
 @click.option("--plot", type=click.Path(path_type=Path), help="The curve, a picture.")
 def main(**flags: Any) -> None:
     """Force every STEP-th cutoff layer on sp-moe and print time per token."""
-    target, draft = find_models(**flags | {"quiet": False})
+    target, draft = find_models(**flags)
     models = load_models(
         target, draft, dtype=resolve_dtype(flags["dtype"]), link_gbps=flags["link_gbps"]
     )

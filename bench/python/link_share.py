@@ -62,7 +62,7 @@ def main(**flags: Any) -> None:
     gbps = flags["link_gbps"]
     if not gbps:
         raise click.UsageError("give --link-gbps: the share is of that rate")
-    target, draft = find_models(**flags | {"quiet": False})
+    target, draft = find_models(**flags)
     shares: dict[int, Share] = defaultdict(Share)
     total, tally = Share(), Tally()
     with spmoe.load(

@@ -14,7 +14,8 @@ from typing import Any
 import click
 import torch
 
-from spmoe.cli.options import find_models, pair_options, progress_bar
+from spmoe.cli.options import find_models, pair_options
+from spmoe.cli.progress import progress_bar
 from spmoe.engine import Engine
 from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolve_dtype
 from spmoe.prompts import select_prompts
@@ -32,7 +33,7 @@ def main(
     prompts: str, max_new_tokens: int, draft_length: int, out: Path, dtype: str, **models: Any
 ) -> None:
     """Decode prompts and write what every verification used, as JSON."""
-    path, draft = find_models(**models, quiet=False)
+    path, draft = find_models(**models)
     if draft is None:
         raise click.UsageError("nothing is foretold without a draft: give --draft-model or --demo")
     target = load_target(path, dtype=resolve_dtype(dtype))

@@ -27,7 +27,8 @@ import spmoe
 from spmoe.bench.replay import Pace, Replay, Tensors, counters, to_row
 from spmoe.bench.replay_costs import measure_costs
 from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_recording
-from spmoe.cli.options import device_option, pinned_option, progress_bar
+from spmoe.cli.options import device_option, pinned_option
+from spmoe.cli.progress import progress_bar
 from spmoe.config import default_cache, format_bytes, parse_memory
 from spmoe.costs import Costs
 from spmoe.devices import device_model, native_name, resolve_device

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from spmoe.cli.options import progress_bar
+from spmoe.cli.progress import progress_bar
 from spmoe.config import format_bytes
 from spmoe.demo.checkpoint import write_weights
 from spmoe.errors import Error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+log = logging.getLogger("spmoe")
 
 Progress = Callable[[str, int, int], None]  # description, done, total
 
@@ -35,3 +38,4 @@ class Steps:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+        log.info("%s: %.2f s", description, self.seconds[name])

@@ -77,19 +77,24 @@ def write_csv(path: str | PathLike[str], result: Mapping[str, Any]) -> None:
         writer.writerows(flat)
 
 
+def check_plot(path: str | PathLike[str]) -> None:
+    """Check that a picture can be drawn to a file of this name.
+
+    Raises:
+        InvalidArgument: matplotlib is not installed, or does not know the format.
+    """
+    formats = sorted(_figure().canvas.get_supported_filetypes())
+    if Path(path).suffix.removeprefix(".").lower() not in formats:
+        raise InvalidArgument(f"{path}: name a file that ends in .{', .'.join(formats)}")
+
+
 def plot(path: str | PathLike[str], result: Mapping[str, Any]) -> None:
     """Draw time per token over expert memory, a line a policy; the bound dashed.
 
     Raises:
         InvalidArgument: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise InvalidArgument(
-            "plots need matplotlib: pip install matplotlib, or leave --plot out"
-        ) from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = _figure()
     axes = figure.subplots()
     lines: dict[str, list[Row]] = {}
     for row in result["rows"]:
@@ -107,3 +112,13 @@ def plot(path: str | PathLike[str], result: Mapping[str, Any]) -> None:
     axes.set_title(caption(result), fontsize=8)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise InvalidArgument(
+            "plots need matplotlib: pip install matplotlib, or leave --plot out"
+        ) from error
+    return Figure(figsize=(7, 4.5), layout="constrained")

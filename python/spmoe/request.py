@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ from spmoe.errors import Error, InvalidArgument
 from spmoe.metrics import Metrics, Timing, summarise
 from spmoe.models.text import Prompt
 from spmoe.models.writer import TextWriter
+
+log = logging.getLogger("spmoe")
 
 if TYPE_CHECKING:
     from spmoe.engine import Engine
@@ -107,6 +110,14 @@ class Request:
                     iterations=iterations,
                     expert_memory_bytes=engine.runtime.expert_memory_bytes,
                     expert_total_bytes=engine.runtime.store.total_bytes,
+                )
+                log.info(
+                    "%d tokens in %.2f s after a prompt of %d; %d of %d drafted were accepted",
+                    len(self.writer.token_ids),
+                    last,
+                    len(self.prompt),
+                    accepted,
+                    drafted,
                 )
 
     def result(self) -> Generation:

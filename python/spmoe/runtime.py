@@ -15,12 +15,12 @@ from spmoe.config import format_bytes, parse_memory
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.pinned import pinned_budget
+from spmoe.policies import EVICTIONS, POLICIES
 from spmoe.progress import Progress, silent
 
-log = logging.getLogger("spmoe")
+__all__ = ["EVICTIONS", "POLICIES", "Runtime"]
 
-POLICIES: tuple[str, ...] = tuple(_core.prefetch_policy_names())
-EVICTIONS: tuple[str, ...] = tuple(_core.eviction_policy_names())
+log = logging.getLogger("spmoe")
 
 _DTYPE_NAMES = {
     torch.float32: "float32",

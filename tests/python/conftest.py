@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from families import make_checkpoint, make_dense_draft
+from spmoe.cli import main
 from spmoe.devices import cuda_status
 
 
@@ -41,3 +44,31 @@ def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draft_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A one-layer Llama of the same tokenizer, which agrees with the target about never."""
     return make_dense_draft(tmp_path_factory.mktemp("draft"))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command ended with and printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run the command line in this process, with environment variables as keywords."""
+
+    def run(*arguments: object, **environment: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["spmoe", *map(str, arguments)])
+        with monkeypatch.context() as changed:
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        captured = capsys.readouterr()
+        return Outcome(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run

@@ -24,7 +24,15 @@ MAY_INCLUDE = {
 # A library -> the only modules of spmoe that may import it.
 MAY_IMPORT = {
     "transformers": {"models/", "pairing", "demo"},
-    "spmoe._core": {"runtime", "devices", "models/experts", "errors", "store", "simulate"},
+    "spmoe._core": {
+        "runtime",
+        "policies",
+        "devices",
+        "models/experts",
+        "errors",
+        "store",
+        "simulate",
+    },
 }
 PURE = {
     "confidence",

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from spmoe.cli.options import VARIANTS, option, progress_bar
+from spmoe.cli.options import VARIANTS, option
+from spmoe.cli.progress import progress_bar
 
 
 @click.command()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from spmoe.cli.options import option, progress_bar
+from spmoe.cli.options import option
+from spmoe.cli.progress import progress_bar
 
 
 @click.command()
@@ -30,6 +29,9 @@ def doctor(no_link: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_dict() | {"cures": cures}))
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("what", "found")
     for line in lines:
         table.add_row(line.name, line.value)

@@ -1,23 +1,37 @@
-"""What several verbs take: options, models, progress bars."""
+"""Options that several verbs take, and the models that they name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from spmoe.cli.progress import Report, progress_bar
+from spmoe.cli.types import DEVICE, DRAFT_LENGTH, MEMORY, PINNED_MEMORY
+from spmoe.policies import EVICTIONS, POLICIES
 
 VARIANTS = ("8x", "32x")
 
 
-def option(flag: str, *names: str, **settings: Any) -> Callable[[Any], Any]:
-    """Return a click option with its environment twin: --draft-length is SPMOE_DRAFT_LENGTH."""
-    twin = "SPMOE_" + flag.removeprefix("--").upper().replace("-", "_")
+def option(
+    flag: str, *names: str, verb: str | None = None, **settings: Any
+) -> Callable[[Any], Any]:
+    """Return a click option with its environment twin: --draft-length is SPMOE_DRAFT_LENGTH.
+
+    Args:
+        flag: As on the command line.
+        *names: Other flags, and the name of the parameter.
+        verb: Set where the flag means something else than in other verbs; the twin is then
+            SPMOE_<VERB>_<FLAG>, so that one variable never has two meanings.
+        **settings: As for `click.option`.
+    """
+    parts = ["spmoe", *([verb] if verb else []), flag.removeprefix("--")]
     settings.setdefault("show_default", True)
+    twin = "_".join(parts).upper().replace("-", "_")
     return click.option(flag, *names, envvar=twin, show_envvar=True, **settings)
 
 
@@ -48,11 +62,13 @@ def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 device_option = option(
     "--device",
+    type=DEVICE,
     default="auto",
     help="host, cuda, cuda:<index>; auto: CUDA where it works.",
 )
 pinned_option = option(
     "--pinned-memory",
+    type=PINNED_MEMORY,
     default="auto",
     help="Experts in page-locked RAM: 0, a share, a size; auto: what fits, for CUDA.",
 )
@@ -61,6 +77,31 @@ link_option = option(
     type=click.FloatRange(min=0),
     default=0.0,
     help="Pace the link to so many 10^9 bytes a second.",
+)
+
+
+def _log_to_stderr(_context: click.Context, _option: click.Parameter, verbose: bool) -> bool:
+    class Echo(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            click.echo(self.format(record), err=True)
+
+    log = logging.getLogger("spmoe")
+    if verbose and not log.handlers:
+        handler = Echo()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    return verbose
+
+
+verbose_option = option(
+    "--verbose",
+    "-v",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_log_to_stderr,
+    help="Log the main steps to standard error.",
 )
 
 
@@ -77,7 +118,10 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def draft_length_option(default: str) -> Callable[[Any], Any]:
     """Return how far to draft."""
     return option(
-        "--draft-length", default=default, help="Tokens drafted an iteration: 0 to 31, or auto."
+        "--draft-length",
+        type=DRAFT_LENGTH,
+        default=default,
+        help="Tokens drafted an iteration: 0 to 31, or auto.",
     )
 
 
@@ -85,10 +129,21 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add how an engine holds its experts."""
     for decorate in reversed(
         [
-            option("--policy", default="horizon", help="What is prefetched; see docs/policies.md."),
-            option("--eviction", default="auto", help="What leaves; auto: as the policy wants."),
+            option(
+                "--policy",
+                type=click.Choice(POLICIES),
+                default="horizon",
+                help="What is prefetched; see docs/policies.md.",
+            ),
+            option(
+                "--eviction",
+                type=click.Choice(("auto", *EVICTIONS)),
+                default="auto",
+                help="What leaves; auto: as the policy wants.",
+            ),
             option(
                 "--expert-memory",
+                type=MEMORY,
                 default="25%",
                 help="Memory for experts: 25% of all, 6GiB, or bytes.",
             ),
@@ -98,41 +153,26 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def check_models(*, model: str | None, demo: str | None, **_: Any) -> None:
+    """Check that the flags name one target."""
+    if (model is None) == (demo is None):
+        raise click.UsageError("give either MODEL (a directory or hub id) or --demo")
+
+
 def find_models(
-    *, model: str | None, demo: str | None, draft_model: str | None, quiet: bool, **_: Any
+    progress: Report | None = None,
+    *,
+    model: str | None,
+    demo: str | None,
+    draft_model: str | None,
+    **_: Any,
 ) -> tuple[str | Path, str | Path | None]:
     """Return target and draft, making the built-in pair if it is asked for."""
-    if model is not None and demo is None:
+    check_models(model=model, demo=demo)
+    if model is not None:
         return model, draft_model
-    if demo is None or model is not None:
-        raise click.UsageError("give either MODEL (a directory or hub id) or --demo")
     from spmoe.demo import ensure_pair
 
-    with progress_bar(quiet) as progress:
-        pair = ensure_pair(demo, progress=progress)
+    with nullcontext(progress) if progress else progress_bar(quiet=False) as report:
+        pair = ensure_pair(str(demo), progress=report)
     return pair.target, draft_model or pair.draft
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a callback (description, done, total) that draws a bar on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bars:
-        task = bars.add_task("", total=None)
-
-        def report(description: str, done: int, total: int) -> None:
-            bars.update(task, description=description, completed=done, total=total)
-            if done >= total:
-                bars.stop()
-            elif not bars.live.is_started:
-                bars.start()
-
-        yield report

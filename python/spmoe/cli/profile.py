@@ -6,10 +6,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from spmoe.cli.options import (
+    check_models,
     device_option,
     find_models,
     link_option,
@@ -17,8 +16,9 @@ from spmoe.cli.options import (
     output_options,
     pair_options,
     pinned_option,
-    progress_bar,
 )
+from spmoe.cli.progress import progress_bar
+from spmoe.cli.types import MEMORY
 
 if TYPE_CHECKING:
     from spmoe.profile import Profile
@@ -32,21 +32,26 @@ if TYPE_CHECKING:
 @output_options
 @option(
     "--expert-memory",
+    type=MEMORY,
     default="50%",
     help="Memory to measure in; more is truer: a layer's experts should be resident.",
 )
-@option("--repeats", type=click.IntRange(min=2), default=7, help="Rounds of samples.")
+@option(
+    "--repeats", verb="profile", type=click.IntRange(min=2), default=7, help="Rounds of samples."
+)
 def profile(**flags: Any) -> None:
     """Measure what this machine needs for a pair, and keep it for `generate` and `bench`.
 
     Seconds of a draft step, of a target layer, of experts on the link, and what copies take from
     compute. Kept in the cache folder until machine, pair or settings change.
     """
-    from spmoe.measure import make_profile
-
+    check_models(**flags)
     quiet = flags["quiet"] or flags["as_json"]
-    target, draft = find_models(**flags | {"quiet": quiet})
     with progress_bar(quiet) as progress:
+        progress("importing torch and transformers", 0, 1)
+        from spmoe.measure import make_profile
+
+        target, draft = find_models(progress, **flags)
         made = make_profile(
             target,
             draft,
@@ -67,6 +72,9 @@ def profile(**flags: Any) -> None:
 
 
 def _print(made: Profile) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     costs, spread = made.costs, made.spread
     table = Table("cost", "median", "spread", title="spread: interquartile range over the median")
 

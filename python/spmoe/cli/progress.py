@@ -1,0 +1,77 @@
+"""How far long work is: a bar on a terminal, one line elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+_PATIENCE_S = 2.0  # without a terminal, work that ends sooner is not spoken of
+
+Report = Callable[[str, int, int], None]  # description, done, total
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Report]:
+    """Yield a callback (description, done, total) that shows progress on standard error."""
+    if quiet:
+        yield lambda _description, _done, _total: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        line = _Line()
+        try:
+            yield line.report
+        finally:
+            line.cancel()
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def report(description: str, done: int, total: int) -> None:
+            bars.update(task, description=description, completed=done, total=total)
+            if done >= total:
+                bars.stop()
+            elif not bars.live.is_started:
+                bars.start()
+
+        yield report
+
+
+class _Line:
+    """Prints one line, once, about work that lasts."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+        self._latest = ""
+        self._printed = False
+
+    def report(self, description: str, done: int, total: int) -> None:
+        self._latest = f"{description} ({done} of {total})"
+        if done >= total:
+            self.cancel()
+        elif self._timer is None and not self._printed:
+            self._timer = threading.Timer(_PATIENCE_S, self._print)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _print(self) -> None:
+        self._printed = True
+        click.echo(f"{self._latest} ...", err=True)
