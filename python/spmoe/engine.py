@@ -15,12 +15,14 @@ from spmoe.closeable import Closeable
 from spmoe.config import check_draft_length, format_bytes
 from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
-from spmoe.errors import InvalidArgument
+from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.metrics import Metrics
-from spmoe.models.cached import CachedCausalLM, CausalLM
+from spmoe.models.cache_support import cache_support, cached
+from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel
+from spmoe.models.processors import not_applied, request_processors
 from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.planner import COUNTERS, Limits, Planner, Shape
 from spmoe.request import Generation, Request
@@ -87,7 +89,10 @@ class Engine(Closeable):
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._limits: Limits | None = None  # of the running iteration
         self._covered_rows = 0  # of the running verification, which the draft predicted for
+        self.prompt_chunk: int | None = None  # tokens of a pass over the prompt; None: all in one
+        self.draft_note: str | None = None if draft is not None else "no draft model"
         self._hooks = ExitStack()
+        self._check_models()
         attach(target, runtime)
         self._watch()
 
@@ -152,9 +157,10 @@ class Engine(Closeable):
     ) -> Iterator[speculative.Iteration]:
         """Decode without stopping at any token, and yield the iterations themselves."""
         tokens = self.encode(prompt)
+        max_length = min(len(tokens) + max_new_tokens, self.context_length)
         drafter = None
         if self.draft is not None and draft_length != 0:
-            drafter = CachedCausalLM(self.draft)
+            drafter = cached(self.draft)
         adaptive: DraftLength | None = None
         if draft_length == "auto" and drafter is not None:
             if self._lengths is None:
@@ -173,13 +179,15 @@ class Engine(Closeable):
         self.runtime.begin_request()
         counters: dict[str, Any] | None = None
         for iteration in speculative.decode(
-            CachedCausalLM(self.target.model),
+            cached(self.target.model),
             drafter,
             tokens,
             draft_length=choose,
-            max_length=min(len(tokens) + max_new_tokens, self.context_length),
+            max_length=max_length,
             worth_another=adaptive.worth_another if adaptive is not None else None,
             read_last=self._reads_last,
+            process=request_processors(self.target.model, tokens, max_length),
+            prompt_chunk=self.prompt_chunk,
         ):
             self.runtime.end_iteration(iteration.accepted)
             prefill = counters is None
@@ -190,6 +198,36 @@ class Engine(Closeable):
             if self.runtime.trace_spans:
                 self.phases += _phases(iteration)
             yield iteration
+
+    def _check_models(self) -> None:
+        """Ask target and draft what they can do; leave a draft out where it cannot help."""
+        if settings := not_applied(self.target.model):
+            log.warning(
+                "generation_config.json of the target asks for %s, which spmoe does not apply: "
+                "texts are those of greedy decoding without",
+                ", ".join(settings),
+            )
+        support = cache_support(self.target.model)
+        if self.draft is None:
+            return
+        if support.rewind is None:
+            self._leave_out_draft(
+                f"rejected tokens cannot leave the target's cache: {support.reason}"
+            )
+            return
+        try:
+            support = cache_support(self.draft)
+        except Error as error:
+            self._leave_out_draft(f"the draft cannot run: {error}")
+            return
+        if support.rewind is None:
+            self._leave_out_draft(
+                f"rejected tokens cannot leave the draft's cache: {support.reason}"
+            )
+
+    def _leave_out_draft(self, reason: str) -> None:
+        log.warning("decoding plainly, without the draft: %s", reason)
+        self.draft, self.draft_note = None, reason
 
     def _set_limits(self, draft_length: int) -> None:
         if self.planner is None:
@@ -286,9 +324,8 @@ class Engine(Closeable):
 
     @property
     def context_length(self) -> int:
-        """Tokens of prompt and answer that target and draft can read."""
-        models = [self.target.model, *([self.draft] if self.draft is not None else [])]
-        return min(int(model.config.max_position_embeddings) for model in models)
+        """Tokens of prompt and answer that the target can read."""
+        return context_length(self.target.model)
 
     def stats(self) -> dict[str, Any]:
         """Return the last request's figures under "request", the runtime's totals under "total"."""

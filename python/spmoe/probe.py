@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from spmoe.models.cached import CachedCausalLM, CausalLM
+from spmoe.models.cache_support import cached
+from spmoe.models.cached import CausalLM
 from spmoe.models.loading import TargetModel
 from spmoe.runtime import Runtime
 
@@ -21,7 +22,7 @@ _MIN_WORK_S = 0.02  # of compute beside copies: shorter is lost in the noise
 
 def draft_steps(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
     """Yield seconds of one draft step after another, without end, behind ``tokens``."""
-    model = CachedCausalLM(draft)
+    model = cached(draft)
     model.read(tokens)
     model.read(tokens[-1:])  # the first one prepares
     while True:
@@ -38,7 +39,7 @@ def draft_tokens(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
         draft: The model.
         tokens: Three at least.
     """
-    model = CachedCausalLM(draft)
+    model = cached(draft)
     model.read(tokens[:1])
     while True:
         seconds = []
@@ -61,7 +62,7 @@ def target_layers(
         tokens: More than ``rows``, of a text.
         rows: Tokens of a pass.
     """
-    model = CachedCausalLM(target.model)
+    model = cached(target.model)
     context = len(tokens) - rows
     model.read(tokens[:context])
     while True:

@@ -2,39 +2,22 @@
 
 An iteration drafts g tokens, verifies g + 1 positions in one target pass, accepts the longest
 prefix that the target itself would have written, and adds the target's next token, so that it
-always advances by at least one. Every token is the argmax of the target's own logits.
+always advances by at least one. Every token is the argmax of the target's own scores.
 
 Source: Leviathan et al., arXiv:2211.17192, in its greedy form; SP-MoE, arXiv:2510.10302, section 2.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
-
-class CachedModel(Protocol):
-    """A causal language model that remembers the tokens it has read."""
-
-    @property
-    def length(self) -> int:
-        """Tokens read and remembered."""
-        ...
-
-    def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
-        """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab].
-
-        None are computed for 0.
-        """
-        ...
-
-    def rewind(self, length: int) -> None:
-        """Forget every token from position ``length`` on."""
-        ...
+from spmoe.cached_model import CachedModel, Process
+from spmoe.drafting import Drafting
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +26,7 @@ class Iteration:
 
     Attributes:
         tokens: Token ids, at least one; the last was not drafted.
-        logits: [len(tokens), vocab], the target's, whose argmax each token is.
+        logits: [len(tokens), vocab], the target's scores, whose argmax each token is.
         drafted: Tokens that the draft proposed.
         probabilities: That the draft gave to each, if it was asked whether another is worth it.
         backlog: Tokens that the draft's first pass read beside the one that every pass reads.
@@ -51,6 +34,8 @@ class Iteration:
         draft_s: Seconds of drafting, all that it took.
         verify_s: Seconds that the target's pass took.
         end_s: When it ended, in seconds of `time.perf_counter`.
+        reread: Tokens that the target read again, because its state could not be rewound less.
+        finite: Whether all of the target's logits were finite.
     """
 
     tokens: list[int]
@@ -62,89 +47,82 @@ class Iteration:
     draft_s: float
     verify_s: float
     end_s: float
+    reread: int = 0
+    finite: bool = True
 
     @property
     def accepted(self) -> int:
         """Drafted tokens that the target accepted."""
         return len(self.tokens) - 1
 
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """What a draft model proposes.
-
-    Attributes:
-        tokens: Token ids.
-        pass_s: Seconds of each of its passes.
-        probabilities: Of each token, by its own account; none if nobody asked.
-    """
-
-    tokens: list[int]
-    pass_s: list[float]
-    probabilities: list[float]
+    @property
+    def rows(self) -> int:
+        """Tokens that the target's pass read."""
+        return self.reread + 1 + self.drafted
 
 
-def prefill(model: CachedModel, prompt: Sequence[int]) -> torch.Tensor:
-    """Read the prompt in one pass; return the logits of the token after it, [1, vocab]."""
-    return model.read(prompt)
-
-
-def draft(
-    model: CachedModel,
-    text: Sequence[int],
-    count: int,
-    *,
-    worth_another: Callable[[Sequence[float]], bool] | None = None,
-) -> Draft:
-    """Let the draft model propose ``count`` tokens after ``text``.
-
-    Reads only what of ``text`` it has not read yet. It does not read the last token it proposes.
+def prefill(model: CachedModel, prompt: Sequence[int], *, chunk: int | None = None) -> torch.Tensor:
+    """Read the prompt; return the logits of the token after it, [1, vocab].
 
     Args:
-        model: The draft.
-        text: Token ids so far.
-        count: How many to propose at most.
-        worth_another: Asked after every token, with the probability that the draft gives to each
-            that it has proposed; drafting ends when it says no.
+        model: Fresh.
+        prompt: Token ids.
+        chunk: Tokens of a pass, to bound its memory; None reads all in one. One pass it is also
+            where the prompt crosses a length that changes the values of a pass.
     """
-    unread: Sequence[int] = text[model.length :]
-    proposed: list[int] = []
-    pass_s: list[float] = []
-    probabilities: list[float] = []
-    while len(proposed) < count:
-        start = time.perf_counter()
-        logits = model.read(unread)[-1]
-        proposed.append(int(logits.argmax()))
-        pass_s.append(time.perf_counter() - start)
-        unread = proposed[-1:]
-        if worth_another is not None:
-            probabilities.append(float(logits.float().softmax(-1)[proposed[-1]]))
-            if not worth_another(probabilities):
-                break
-    return Draft(proposed, pass_s, probabilities)
+    if chunk is None or model.room(0) < len(prompt):
+        return model.read(prompt)
+    for start in range(0, len(prompt) - chunk, chunk):
+        model.read(prompt[start : start + chunk], last=0)
+        model.rewind(model.length)  # nothing of the prompt will be forgotten
+    return model.read(prompt[model.length :])
 
 
-def verify(model: CachedModel, last: int, proposed: Sequence[int]) -> torch.Tensor:
-    """Read the last token and all proposals in one pass of the target.
+def verify(model: CachedModel, text: Sequence[int], proposed: Sequence[int]) -> torch.Tensor:
+    """Read what is unread of the text, and all proposals, in one pass of the target.
+
+    Args:
+        model: The target, which has not read the last token of ``text`` at least.
+        text: Token ids so far.
+        proposed: g token ids.
 
     Returns:
-        [len(proposed) + 1, vocab]: row i is what follows the i-th of them.
+        [g + 1, vocab]: row i is what follows the first i proposals.
     """
-    return model.read([last, *proposed], last=len(proposed) + 1)
+    return model.read([*text[model.length :], *proposed], last=len(proposed) + 1)
 
 
-def accept(proposed: Sequence[int], logits: torch.Tensor) -> list[int]:
-    """Return the proposals that the target agrees with, and the target's token after them.
+def accept(
+    text: Sequence[int],
+    proposed: Sequence[int],
+    logits: torch.Tensor,
+    process: Process | None = None,
+) -> tuple[list[int], torch.Tensor]:
+    """Return the proposals that the target agrees with and the target's token after them.
 
     Args:
+        text: Token ids so far.
         proposed: g token ids.
         logits: [g + 1, vocab], from `verify`.
+        process: Makes scores of a row of logits, from the text before that row.
+
+    Returns:
+        The tokens, and the scores [tokens, vocab] whose argmax each is.
     """
-    choices: list[int] = logits.argmax(dim=-1).tolist()
-    agreed = 0
-    while agreed < len(proposed) and proposed[agreed] == choices[agreed]:
-        agreed += 1
-    return choices[: agreed + 1]
+    if process is None:
+        choices: list[int] = logits.argmax(dim=-1).tolist()
+        agreed = 0
+        while agreed < len(proposed) and proposed[agreed] == choices[agreed]:
+            agreed += 1
+        return choices[: agreed + 1], logits[: agreed + 1]
+    tokens: list[int] = []
+    scores: list[torch.Tensor] = []
+    for row in logits:
+        scores.append(process([*text, *tokens], row))
+        tokens.append(int(scores[-1].argmax()))
+        if tokens != list(proposed[: len(tokens)]):
+            break
+    return tokens, torch.stack(scores)
 
 
 def decode(
@@ -156,6 +134,8 @@ def decode(
     max_length: int,
     worth_another: Callable[[Sequence[float]], bool] | None = None,
     read_last: Callable[[], bool] = lambda: False,
+    process: Process | None = None,
+    prompt_chunk: int | None = None,
 ) -> Iterator[Iteration]:
     """Write greedily after ``prompt`` until ``max_length``, an iteration at a time.
 
@@ -163,45 +143,53 @@ def decode(
     for more. Both models' caches hold the same text, less what is still to be read, between
     iterations: what was rejected is rewound.
 
+    A draft changes speed, never the text: where it cannot go on (its context ends, the text holds
+    a token that it does not have, its pass fails), the target decodes plainly.
+
     Args:
         target: Fresh, nothing read.
         drafter: Fresh; None decodes plainly.
         prompt: At least one token id.
         draft_length: Tokens drafted an iteration, 0 for none, or a function that is asked before
-            each, with a draft or without, and told the draft's backlog and how many tokens may
-            still be written; fewer are drafted where the end is near.
+            each, with a draft or without, for the draft's backlog and how many tokens the
+            iteration may write; fewer are drafted where the end is near.
         max_length: Tokens of prompt and text together.
         worth_another: As for `draft`.
         read_last: Whether the draft reads its own last token too, to predict experts for it.
+        process: Makes scores of a row of the target's logits, from the text before that row.
+        prompt_chunk: As for `prefill`.
     """
     text = list(prompt)
     start = time.perf_counter()
-    logits = prefill(target, text)
-    text += accept([], logits)
+    logits = prefill(target, text, chunk=prompt_chunk)
+    finite = _finite(logits)
+    tokens, scores = accept(text, [], logits, process)
+    text += tokens
+    target.rewind(len(prompt))
     end = time.perf_counter()
-    yield Iteration(text[-1:], logits, 0, (), 0, (), 0.0, end - start, end)
+    yield Iteration(tokens, scores, 0, (), 0, (), 0.0, end - start, end, finite=finite)
+    drafting = Drafting(target, drafter, process, worth_another, read_last)
+    drafting.see(text)
     while len(text) < max_length:
         start = time.perf_counter()
-        proposed = Draft([], [], [])
-        left = max_length - len(text)
-        backlog = len(text) - 1 - drafter.length if drafter is not None else 0
-        wanted = draft_length(backlog, left) if callable(draft_length) else draft_length
-        if drafter is not None:
-            # The bonus token takes one of the places that are left.
-            proposed = draft(drafter, text, min(wanted, left - 1), worth_another=worth_another)
-            if proposed.tokens and read_last():
-                drafter.read(proposed.tokens[-1:], last=0)
+        # The token of the target's own takes one of the places that are left.
+        most = min(max_length - len(text) - 1, drafting.room(text))
+        backlog = drafting.backlog(text)
+        wanted = draft_length(backlog, most + 1) if callable(draft_length) else draft_length
+        proposed = drafting.propose(text, min(wanted, most))
         drafted = time.perf_counter()
-        logits = verify(target, text[-1], proposed.tokens)
-        tokens = accept(proposed.tokens, logits)
+        reread = len(text) - 1 - target.length
+        logits = verify(target, text, proposed.tokens)
+        finite = _finite(logits)
+        tokens, scores = accept(text, proposed.tokens, logits, process)
         verified = time.perf_counter()
         text += tokens
         target.rewind(len(text) - 1)
-        if drafter is not None:
-            drafter.rewind(len(text) - 1)
+        drafting.see(tokens)
+        drafting.rewind(len(text) - 1)
         yield Iteration(
             tokens,
-            logits[: len(tokens)],
+            scores,
             len(proposed.tokens),
             tuple(proposed.probabilities),
             backlog,
@@ -209,13 +197,11 @@ def decode(
             drafted - start,
             verified - drafted,
             verified,
+            reread,
+            finite,
         )
 
 
-def top_two(logits: torch.Tensor) -> list[dict[str, Any]]:
-    """Return the two likeliest tokens of one row of logits, for reports."""
-    values, ids = logits.float().topk(2)
-    return [
-        {"token_id": int(token), "logit": float(value)}
-        for token, value in zip(ids, values, strict=True)
-    ]
+def _finite(logits: torch.Tensor) -> bool:
+    """Whether no logit is NaN or infinite; minus infinity masks a token and is allowed."""
+    return math.isfinite(float(logits.max()))

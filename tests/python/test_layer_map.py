@@ -19,7 +19,7 @@ import spmoe
 from families import FAMILIES, make_checkpoint, make_dense_draft
 from spmoe import layer_map, predictor
 from spmoe.layer_map import LayerMap
-from spmoe.models.cached import CachedCausalLM
+from spmoe.models.cache_support import cached
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_target, load_tokenizer
 from spmoe.runtime import Runtime
@@ -104,7 +104,7 @@ def narrower_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recall(target: TargetModel, draft: Any, fitted: LayerMap, text: list[int]) -> list[float]:
     """Read token by token; by layer, the share of the runtime's own record that was foretold."""
-    target_reader, draft_reader = CachedCausalLM(target.model), CachedCausalLM(draft)
+    target_reader, draft_reader = cached(target.model), cached(draft)
     runtime: Runtime = target.moe_layers[0].experts._spmoe_place[0]
     hits = [0] * len(target.moe_layers)
     for token in text:
@@ -307,8 +307,8 @@ class TestPrediction:
         with predictor.draft_predictions(
             shorter.target, shorter.draft, keep, layer_map=shorter.fitted
         ):
-            CachedCausalLM(shorter.draft).read(PROMPT)
-            reader = CachedCausalLM(shorter.draft)
+            cached(shorter.draft).read(PROMPT)
+            reader = cached(shorter.draft)
             for token in PROMPT:
                 reader.read([token])
         assert [layer for layer, _ in told[:3]] == [0, 1, 2]

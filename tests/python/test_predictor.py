@@ -14,6 +14,7 @@ import torch
 import spmoe
 from families import FAMILIES, make_checkpoint
 from spmoe import predictor
+from spmoe.models.cache_support import cached
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_plain, load_target
@@ -46,7 +47,7 @@ class Pair:
 
     def readers(self) -> tuple[CachedCausalLM, CachedCausalLM]:
         """Target and draft behind the prompt."""
-        both = CachedCausalLM(self.target.model), CachedCausalLM(self.draft)
+        both = cached(self.target.model), cached(self.draft)
         for reader in both:
             reader.read(PROMPT)
         return both
@@ -246,9 +247,9 @@ class TestTarget:
     def test_a_prompt_is_left_alone(self, qwen: Pair) -> None:
         told = Reports()
         with predictor.target_predictions(qwen.target, told):
-            CachedCausalLM(qwen.target.model).read([65] * (predictor.MAX_ROWS + 1))
+            cached(qwen.target.model).read([65] * (predictor.MAX_ROWS + 1))
             assert told.layers == []
-            CachedCausalLM(qwen.target.model).read([65] * predictor.MAX_ROWS)
+            cached(qwen.target.model).read([65] * predictor.MAX_ROWS)
             assert told.layers == qwen.layers[1:]
 
     @pytest.mark.parametrize("first", range(6))

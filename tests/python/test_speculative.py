@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -14,6 +16,9 @@ VOCABULARY = 7
 
 class TableModel:
     """A causal model whose next token depends on the last two; remembers what it reads."""
+
+    vocabulary_size = VOCABULARY
+    context_length = 1000
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -38,6 +43,50 @@ class TableModel:
     def rewind(self, length: int) -> None:
         del self.text[length:]
 
+    def room(self, length: int) -> float:
+        return math.inf
+
+
+class Recurrent(TableModel):
+    """Forgets down to where one of its passes began."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.begins: list[int] = []
+
+    def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
+        self.begins.append(self.length)
+        return super().read(tokens, last=last)
+
+    def rewind(self, length: int) -> None:
+        if length < self.length:
+            del self.text[max(begin for begin in self.begins if begin <= length) :]
+        self.begins = []
+
+
+class Switching(TableModel):
+    """Takes other values for all tokens of a pass that goes past a length."""
+
+    def __init__(self, seed: int, switch: int) -> None:
+        super().__init__(seed)
+        self.switch = switch
+
+    def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
+        logits = super().read(tokens, last=last)
+        return -logits if self.length > self.switch else logits
+
+    def room(self, length: int) -> float:
+        return self.switch - length if length <= self.switch else math.inf
+
+
+class Failing(TableModel):
+    """A draft whose code fails at its third pass."""
+
+    def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
+        if len(self.reads) == 2:
+            raise RuntimeError("no third pass")
+        return super().read(tokens, last=last)
+
 
 class Noisy(TableModel):
     """A draft that agrees with the target's table about three times in four."""
@@ -49,8 +98,14 @@ class Noisy(TableModel):
         self.table[wrong] = -self.table[wrong]
 
 
-def write(seed: int, drafter: TableModel | None, draft_length: int, count: int) -> list[int]:
-    target = TableModel(seed)
+def write(
+    seed: int,
+    drafter: TableModel | None,
+    draft_length: int,
+    count: int,
+    target: TableModel | None = None,
+) -> list[int]:
+    target = target or TableModel(seed)
     prompt = [1, 2, 3]
     text: list[int] = []
     for iteration in speculative.decode(
@@ -61,7 +116,8 @@ def write(seed: int, drafter: TableModel | None, draft_length: int, count: int) 
         assert 0 <= iteration.accepted <= iteration.drafted <= draft_length
         # Both caches hold the text so far, less the token that is still to be read.
         assert target.text == [*prompt, *text][: len(target.text)]
-        assert target.length == len(prompt) + len(text) - 1
+        if not isinstance(target, Recurrent):
+            assert target.length == len(prompt) + len(text) - 1
         if drafter is not None:
             assert drafter.text == [*prompt, *text][: drafter.length]
     return text
@@ -142,4 +198,118 @@ def logits_choosing(*tokens: int) -> torch.Tensor:
 def test_accept_takes_the_agreed_prefix_and_the_targets_next_token(
     proposed: list[int], choices: list[int], accepted: list[int]
 ) -> None:
-    assert speculative.accept(proposed, logits_choosing(*choices)) == accepted
+    logits = logits_choosing(*choices)
+    tokens, scores = speculative.accept([], proposed, logits)
+    assert tokens == accepted
+    assert torch.equal(scores, logits[: len(accepted)])
+
+
+def test_accept_processes_each_row_with_its_own_prefix() -> None:
+    seen: list[list[int]] = []
+
+    def forbid_last(text: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append(list(text))
+        return logits.index_fill(0, torch.tensor(text[-1]), -math.inf)
+
+    logits = logits_choosing(3, 1, 1, 2)  # a token never follows itself once processed
+    tokens, scores = speculative.accept([3], [0, 1, 5], logits, forbid_last)
+    assert seen == [[3], [3, 0], [3, 0, 1]]
+    assert tokens == [0, 1, 0]
+    assert scores.argmax(-1).tolist() == tokens
+
+
+class TestWhatADraftCannotDo:
+    """A draft may change speed, never the text, and never end it."""
+
+    COUNT = 40
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_a_token_that_it_does_not_have_ends_drafting(self, seed: int) -> None:
+        drafter = Noisy(seed)
+        drafter.vocabulary_size = 5
+        expected = write(seed, None, 0, self.COUNT)
+        text: list[int] = []
+        for iteration in speculative.decode(
+            TableModel(seed), drafter, [1, 2, 3], draft_length=3, max_length=3 + self.COUNT
+        ):
+            text += iteration.tokens
+        assert text == expected
+        assert max(drafter.text, default=0) < 5
+
+    def test_it_proposes_no_token_that_only_it_has(self) -> None:
+        drafter = TableModel(1)
+        drafter.table[:, :, 6] += 100  # its favourite
+        target = TableModel(1)
+        target.vocabulary_size = 6
+        target.table[:, :, 6] -= 100
+        decoding = speculative.decode(target, drafter, [1], draft_length=3, max_length=20)
+        accepted = sum(iteration.accepted for iteration in decoding)
+        assert accepted > 0
+        assert 6 not in drafter.text
+
+    def test_the_end_of_its_context_ends_drafting(self) -> None:
+        drafter = TableModel(3)
+        drafter.context_length = 20
+        expected = write(3, None, 0, self.COUNT)
+        assert write(3, drafter, 4, self.COUNT) == expected
+        assert 10 < sum(drafter.reads)
+        assert drafter.length <= 20
+
+    def test_a_prompt_past_its_context_is_decoded_plainly(self) -> None:
+        drafter = TableModel(3)
+        drafter.context_length = 2
+        assert write(3, drafter, 4, self.COUNT) == write(3, None, 0, self.COUNT)
+        assert drafter.reads == []
+
+    def test_a_failure_leaves_it_out_with_one_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.WARNING, "spmoe"):
+            assert write(2, Failing(2), 4, self.COUNT) == write(2, None, 0, self.COUNT)
+        (record,) = caplog.records
+        assert "the draft failed (RuntimeError: no third pass)" in record.getMessage()
+
+
+class TestWhatATargetCannotDo:
+    """The text is that of one token a pass, whatever the target's state allows."""
+
+    @pytest.mark.parametrize("seed", range(8))
+    @pytest.mark.parametrize("draft_length", [1, 4, 9])
+    def test_a_state_that_is_rewound_further_is_read_again(
+        self, seed: int, draft_length: int
+    ) -> None:
+        expected = write(seed, None, 0, 40)
+        for drafter in (Noisy(seed), Recurrent(seed + 1)):
+            target = Recurrent(seed)
+            assert write(seed, drafter, draft_length, 40, target) == expected
+            assert max(target.reads) <= 32
+
+    def test_what_is_read_again_rides_along_with_the_next_verification(self) -> None:
+        target = Recurrent(5)
+        iterations = list(
+            speculative.decode(target, TableModel(6), [1, 2], draft_length=2, max_length=9)
+        )
+        assert [it.rows for it in iterations[1:]] == target.reads[1:]
+        assert len(target.reads) == len(iterations)  # no pass of its own
+        rejected = [it for it in iterations[1:] if it.accepted < it.drafted]
+        assert rejected
+        assert sum(it.reread for it in iterations) > 0
+
+    @pytest.mark.parametrize("switch", range(3, 12))
+    def test_no_verification_straddles_a_length_that_changes_values(self, switch: int) -> None:
+        expected = write(4, None, 0, 20, Switching(4, switch))
+        for drafter in (TableModel(4), Noisy(4)):
+            assert write(4, drafter, 4, 20, Switching(4, switch)) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 8, 100])
+def test_a_prompt_is_read_in_chunks(chunk: int) -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 0, 1]
+    target = TableModel(0)
+    first = next(
+        speculative.decode(target, None, prompt, draft_length=0, max_length=20, prompt_chunk=chunk)
+    )
+    assert max(target.reads) <= chunk
+    assert sum(target.reads) == len(prompt)
+    expected = next(speculative.decode(TableModel(0), None, prompt, draft_length=0, max_length=20))
+    assert first.tokens == expected.tokens

@@ -14,7 +14,7 @@ import torch
 from spmoe import speculative
 from spmoe.bench.degrade import exchange
 from spmoe.layer_map import LayerMap
-from spmoe.models.cached import CachedCausalLM
+from spmoe.models.cache_support import cached
 from spmoe.predictor import (
     DraftReader,
     draft_mismatch,
@@ -199,8 +199,8 @@ def by_verification(
             runtime.begin_request()
             written = list(prompt)
             for iteration in speculative.decode(
-                CachedCausalLM(target.model),
-                CachedCausalLM(draft),
+                cached(target.model),
+                cached(draft),
                 prompt,
                 draft_length=draft_length,
                 max_length=len(prompt) + max_new_tokens,

@@ -1,58 +1,167 @@
-"""A transformers causal language model with the key-value cache of one sequence."""
+"""A transformers causal language model with the cache of one sequence."""
 
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from spmoe.errors import OutOfMemory
+from spmoe.models.snapshot import copied_state, restore_state
+
 CausalLM = PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSupport:
+    """What the cache of a model can do; see `spmoe.models.cache_support`.
+
+    Attributes:
+        own_cache: The model makes a cache of its own class; a `DynamicCache` fits all others.
+        rewind: How rejected tokens leave the cache: "crop" cuts them off; "restore" puts back a
+            copy of the state from before they were read, which recurrent layers need; None means
+            that they cannot leave it, so that nothing may be drafted.
+        reason: Why not; empty where ``rewind`` is set.
+    """
+
+    own_cache: bool
+    rewind: Literal["crop", "restore"] | None
+    reason: str = ""
 
 
 class CachedCausalLM:
     """Reads tokens of one sequence and can forget the last of them; see `speculative`.
 
-    Rewinding is exact: continuing after it gives the bits of a cache that never read the rest.
+    Each pass gets the inputs that ``model.generate`` would give it. Rewinding is exact: continuing
+    after it gives the bits of a cache that never read the rest.
+
+    Args:
+        model: In eval mode.
+        support: What its cache can do, from `spmoe.models.cache_support.cache_support`.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, support: CacheSupport) -> None:
         self._model = model
-        self._cache: Any = DynamicCache(config=model.config)
+        self._support = support
+        parameters = inspect.signature(model.forward).parameters
         # transformers renamed the argument in 5.24.
-        named = inspect.signature(model.forward).parameters
-        self._cache_argument = "cache" if "cache" in named else "past_key_values"
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._can_keep = "logits_to_keep" in parameters
+        self._cache: Any = None if support.own_cache else DynamicCache(config=_text_config(model))
+        self._ids = torch.empty((1, 0), dtype=torch.long, device=model.device)
+        self._states: list[tuple[int, dict[str, Any]]] = []  # (length, state), for "restore"
+        self.context_length = context_length(model)
+        self.vocabulary_size = int(model.get_input_embeddings().num_embeddings)
+        self._switches = _switches(model)
 
     @property
     def length(self) -> int:
         """Tokens read and remembered."""
-        return int(self._cache.get_seq_length())
+        return int(self._ids.shape[1])
+
+    def room(self, length: int) -> float:
+        """Return how many tokens one pass may read behind ``length`` tokens of text.
+
+        With more, the pass would give the first ``length`` tokens other values than ``generate``
+        gives them (longrope switches its frequencies by the length that a pass reaches).
+        """
+        later = [switch - length for switch in self._switches if switch >= length]
+        return min(later, default=math.inf)
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether `rewind` works, by the account of the cache itself; only after a first `read`."""
+        return self._support.rewind == "restore" or bool(self._cache.is_croppable)
 
     def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
         """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab].
 
         None are computed for 0.
+
+        Raises:
+            OutOfMemory: The pass does not fit in the memory of its device.
         """
         first = self.length == 0
-        arguments: dict[str, Any] = {
-            "input_ids": torch.tensor([list(tokens)], device=self._model.device),
-            "use_cache": True,
-            self._cache_argument: self._cache,
-        }
-        with torch.inference_mode():
-            if last == 0:
-                self._model.base_model(**arguments)
-                logits = torch.empty(0, 0)
-            else:
-                logits = self._model(logits_to_keep=last, **arguments).logits[0, -last:]
-        # A sliding-window layer drops what leaves its window, unless told to keep it for `rewind`.
-        if first and hasattr(self._cache, "activate_past_recording"):
-            self._cache.activate_past_recording()
-        return logits
+        if not first and self._support.rewind == "restore":
+            self._states.append((self.length, copied_state(self._cache)))
+        new = torch.tensor([list(tokens)], dtype=torch.long, device=self._ids.device)
+        self._ids = torch.cat([self._ids, new], dim=-1)
+        try:
+            with torch.inference_mode():
+                output = self._pass(len(tokens), last, first=first)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"a pass of {len(tokens)} tokens behind {self.length - len(tokens)} does not fit "
+                f"in the memory of {self._model.device} ({error}); lower expert_memory or "
+                "shorten the prompt"
+            ) from error
+        cache = getattr(output, self._cache_name)
+        # A layer with a sliding window drops what leaves it, unless it is asked to keep the past.
+        if cache is not self._cache or first:
+            self._cache = cache
+            if self._support.rewind == "crop":
+                cache.activate_past_recording()
+        return output.logits[0, -last:] if last else torch.empty(0, 0)
+
+    def _pass(self, count: int, last: int, *, first: bool) -> Any:
+        inputs = self._model.prepare_inputs_for_generation(
+            self._ids,
+            next_sequence_length=count,
+            use_cache=True,
+            is_first_iteration=first,
+            **{self._cache_name: self._cache},
+        )
+        if last == 0:
+            return self._model.base_model(**inputs)
+        if self._can_keep:
+            inputs["logits_to_keep"] = last
+        return self._model(**inputs)
 
     def rewind(self, length: int) -> None:
-        """Forget every token from position ``length`` on."""
-        if self.length > length:
-            self._cache.crop(length - self.length)
+        """Forget every token from position ``length`` on.
+
+        A model with recurrent layers may forget some before it too: `length` says what it still
+        remembers, and the rest has to be read again.
+        """
+        if self._support.rewind == "crop":
+            self._cache.crop(min(0, length - self.length))
+        elif length < self.length:
+            length, state = max(
+                (kept for kept in self._states if kept[0] <= length), key=lambda kept: kept[0]
+            )
+            restore_state(self._cache, state)
+        self._states.clear()
+        self._ids = self._ids[:, :length]
+
+
+def _text_config(model: CausalLM) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def context_length(model: CausalLM) -> int:
+    """Return how many tokens the model can read; `sys.maxsize` where its configuration is silent.
+
+    Recurrent models have no end.
+    """
+    length = getattr(_text_config(model), "max_position_embeddings", None)
+    return sys.maxsize if length is None else int(length)
+
+
+def _switches(model: CausalLM) -> list[int]:
+    """Return the lengths past which rotary embeddings take other frequencies in a pass."""
+    config = _text_config(model)
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    lengths = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in sets
+        if part.get("rope_type") == "longrope"
+    ]
+    return sorted({int(length) for length in lengths if length})

@@ -177,6 +177,31 @@ def forbid_saving(model: PreTrainedModel) -> None:
     object.__setattr__(model, "save_pretrained", save_pretrained)
 
 
+class _NoContribution:
+    """Stands for a `Runtime` whose experts all give zero."""
+
+    def forward(self, _layer: int, x: torch.Tensor, *_routing: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+@contextlib.contextmanager
+def without_contribution(model: nn.Module) -> Iterator[None]:
+    """Let routed experts that are not in memory give zero while it lasts, so that none is read."""
+    absent = [
+        layer.experts
+        for layer in find_layers(model)
+        if not any(True for _ in layer.experts.parameters())
+    ]
+    places = [getattr(experts, _PLACE, None) for experts in absent]
+    for experts in absent:
+        setattr(experts, _PLACE, (_NoContribution(), 0))
+    try:
+        yield
+    finally:
+        for experts, place in zip(absent, places, strict=True):
+            setattr(experts, _PLACE, place)
+
+
 def attach(target: HasMoeLayers, runtime: Runtime) -> None:
     """Let ``runtime`` compute the experts of ``target``; replaces one attached before.
 

@@ -1,0 +1,100 @@
+"""What the cache of a model can do: its own account, and a trial on a few tokens.
+
+A family may keep its past in keys and values, in recurrent states, or in a cache class of its own;
+and its passes of several tokens may or may not continue from these as its passes of one do. The
+model is asked once, with routed experts that are not in memory left out: they do not touch the
+cache.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+
+from spmoe.errors import DeviceError, InvalidArgument, OutOfMemory
+from spmoe.models.cached import CachedCausalLM, CacheSupport, CausalLM
+from spmoe.models.experts import without_contribution
+
+_PROMPT = (5, 3, 8)
+_TEXT = (2, 7, 1)  # what follows the prompt
+_REJECTED = (9, 4)  # what is read in place of the last two, and must leave no trace
+
+_SUPPORT: WeakKeyDictionary[CausalLM, CacheSupport] = WeakKeyDictionary()
+
+
+def cached(model: CausalLM) -> CachedCausalLM:
+    """Return a reader of a new sequence. Errors as of `cache_support`."""
+    return CachedCausalLM(model, cache_support(model))
+
+
+def cache_support(model: CausalLM) -> CacheSupport:
+    """Return what the cache of ``model`` can do; asks the model itself on the first call.
+
+    Raises:
+        InvalidArgument: The model cannot read a token; the message has its own reason.
+        OutOfMemory: It does not fit in memory.
+    """
+    known = _SUPPORT.get(model)
+    if known is None:
+        with without_contribution(model):
+            known = _SUPPORT[model] = _try(model)
+    return known
+
+
+def _try(model: CausalLM) -> CacheSupport:
+    reasons = []
+    for own_cache in (False, True):
+        try:
+            expected = _one_by_one(CachedCausalLM(model, CacheSupport(own_cache, None)))
+        except (OutOfMemory, DeviceError):
+            raise
+        except Exception as error:  # whatever the model's code raises
+            reasons.append(error)
+            continue
+        return _try_rewinding(model, own_cache, expected)
+    raise InvalidArgument(
+        f"{type(model).__name__} ({model.config.model_type}) cannot read a token in this version "
+        f"of transformers ({type(reasons[0]).__name__}: {reasons[0]}): use transformers for it, "
+        "or another model"
+    ) from reasons[0]
+
+
+def _try_rewinding(model: CausalLM, own_cache: bool, expected: torch.Tensor) -> CacheSupport:
+    reason = "passes of several tokens do not continue the text as passes of one do"
+    ways: tuple[Literal["crop", "restore"], ...] = ("crop", "restore")
+    for way in ways:
+        support = CacheSupport(own_cache, way)
+        try:
+            found = _rejecting(CachedCausalLM(model, support))
+        except (OutOfMemory, DeviceError):
+            raise
+        except Exception as error:  # a cache that cannot be cropped raises one of several
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        if torch.allclose(found, expected, rtol=0, atol=_tolerance(expected)):
+            return support
+    return CacheSupport(own_cache, None, reason)
+
+
+def _one_by_one(model: CachedCausalLM) -> torch.Tensor:
+    """Return the logits behind each token of the text, [tokens, vocab], read as `generate` does."""
+    model.read(_PROMPT)
+    return torch.cat([model.read([token]) for token in _TEXT])
+
+
+def _rejecting(model: CachedCausalLM) -> torch.Tensor:
+    """Return the same logits, with tokens read and rewound on the way."""
+    model.read(_PROMPT)
+    first = model.read([_TEXT[0], *_REJECTED], last=3)[:1]
+    if not model.can_rewind:
+        raise ValueError("its cache says that it cannot be cropped")
+    model.rewind(len(_PROMPT) + 1)
+    text = [*_PROMPT, *_TEXT]
+    return torch.cat([first, model.read(text[model.length :], last=2)])
+
+
+def _tolerance(logits: torch.Tensor) -> float:
+    """Return the difference that rounding may make between passes of one and of several tokens."""
+    return max(1e-4, 16 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())
