@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from spmoe.draft_length import DraftLength
 from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.metrics import Metrics
-from spmoe.models.cache_support import cache_support, cached
+from spmoe.models.cache_support import cache_support, cached, why_not_draft
 from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel
@@ -91,6 +91,7 @@ class Engine(Closeable):
         self._covered_rows = 0  # of the running verification, which the draft predicted for
         self.prompt_chunk: int | None = None  # tokens of a pass over the prompt; None: all in one
         self.draft_note: str | None = None if draft is not None else "no draft model"
+        self._predictions_failed = False
         self._hooks = ExitStack()
         self._check_models()
         attach(target, runtime)
@@ -207,27 +208,12 @@ class Engine(Closeable):
                 "texts are those of greedy decoding without",
                 ", ".join(settings),
             )
-        support = cache_support(self.target.model)
+        cache_support(self.target.model)  # finds out whether the target can run at all
         if self.draft is None:
             return
-        if support.rewind is None:
-            self._leave_out_draft(
-                f"rejected tokens cannot leave the target's cache: {support.reason}"
-            )
-            return
-        try:
-            support = cache_support(self.draft)
-        except Error as error:
-            self._leave_out_draft(f"the draft cannot run: {error}")
-            return
-        if support.rewind is None:
-            self._leave_out_draft(
-                f"rejected tokens cannot leave the draft's cache: {support.reason}"
-            )
-
-    def _leave_out_draft(self, reason: str) -> None:
-        log.warning("decoding plainly, without the draft: %s", reason)
-        self.draft, self.draft_note = None, reason
+        if reason := why_not_draft(self.target.model, self.draft):
+            log.warning("decoding plainly, without the draft: %s", reason)
+            self.draft, self.draft_note = None, reason
 
     def _set_limits(self, draft_length: int) -> None:
         if self.planner is None:
@@ -257,36 +243,53 @@ class Engine(Closeable):
         sources = predictor.SOURCES.get(self.runtime.policy, ())
         target_source: Literal["draft", "target"] = "target"
         if "draft" in sources and self.draft is not None:
-            mismatch = predictor.draft_mismatch(self.target, self.draft)
-            if mismatch and self.layer_map is None:
+            try:
+                self._hooks.enter_context(self._draft_predictions(self.draft))
+            except Error as error:
                 log.warning(
-                    "%s, and no layer map is there for them: experts are predicted inside the "
-                    "target instead; `spmoe profile` fits a map",
-                    mismatch,
+                    "the draft's states cannot predict experts (%s): they are predicted inside "
+                    "the target instead",
+                    error,
                 )
                 sources, target_source = ("target",), "draft"
-            else:
-                self._hooks.enter_context(
-                    predictor.draft_predictions(
-                        self.target,
-                        self.draft,
-                        self._tell_draft,
-                        layer_map=self.layer_map if mismatch else None,
-                        wanted=self._predicts,
-                    )
-                )
-        if "target" in sources:
+        if "target" not in sources:
+            return
 
-            def tell(layer: int, scores: torch.Tensor) -> None:
-                self.runtime.predict(layer, scores, source=target_source)
+        def report(layer: int, scores: torch.Tensor) -> None:
+            self.runtime.predict(layer, scores, source=target_source)
 
+        try:
             self._hooks.enter_context(
                 predictor.target_predictions(
                     self.target,
-                    tell,
+                    report,
                     first_row=lambda: self._covered_rows,
                     wanted=self._predicts,
+                    on_error=self._stop_predicting,
                 )
+            )
+        except Error as error:
+            self._stop_predicting(error)
+
+    def _draft_predictions(self, draft: CausalLM) -> AbstractContextManager[None]:
+        mismatch = predictor.draft_mismatch(self.target, draft)
+        return predictor.draft_predictions(
+            self.target,
+            draft,
+            self._report_draft,
+            layer_map=self.layer_map if mismatch else None,
+            wanted=self._predicts,
+            on_error=self._stop_predicting,
+        )
+
+    def _stop_predicting(self, error: Exception) -> None:
+        """Go on without predictions: they change speed alone."""
+        if not self._predictions_failed:
+            self._predictions_failed = True
+            log.warning(
+                "experts are not predicted any more, but fetched on demand (%s: %s)",
+                type(error).__name__,
+                error,
             )
 
     def _reads_last(self) -> bool:
@@ -294,9 +297,11 @@ class Engine(Closeable):
 
     def _predicts(self, layer: int) -> bool:
         """Whether the policy would do anything about a prediction for ``layer``."""
+        if self._predictions_failed:
+            return False
         return self._limits is None or self._limits.uses_prediction(self.runtime.policy, layer)
 
-    def _tell_draft(self, layer: int, scores: torch.Tensor) -> None:
+    def _report_draft(self, layer: int, scores: torch.Tensor) -> None:
         if layer == 0:
             self._covered_rows += 1
         self.runtime.predict(layer, scores, source="draft")

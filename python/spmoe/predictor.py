@@ -23,7 +23,8 @@ from torch import nn
 
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import MAPPED_STATE, LayerMap
-from spmoe.states import STATES, HasMoeLayers, check_state, decoder_layers, watch_state
+from spmoe.routers import routers
+from spmoe.states import STATES, HasMoeLayers, check_state, decoder_layers, watch_input, watch_state
 
 MAX_ROWS = 32  # a pass of more tokens is a prompt, which needs nearly every expert
 
@@ -36,33 +37,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 Report = Callable[[int, torch.Tensor], None]  # MoE layer, scores [experts]
 Wanted = Callable[[int], bool]  # MoE layer -> whether a prediction for it is of any use now
-
-
-@dataclass(frozen=True, slots=True)
-class Router:
-    """What the target does between attention and experts in one MoE layer."""
-
-    norm: Any
-    gate: Any
-
-    def scores(self, state: torch.Tensor, *, normed: bool) -> torch.Tensor:
-        """Return what the router thinks of each of some tokens.
-
-        Args:
-            state: [tokens, hidden], the residual stream, or what a norm made of it.
-            normed: The state needs no norm any more.
-
-        Returns:
-            [tokens, experts], float32: router probabilities, and 1 more for each expert that the
-            token selects.
-        """
-        state = state.to(self.norm.weight.dtype)
-        # Forward of the class: calling the module would fire the hooks that others put on it.
-        if not normed:
-            state = type(self.norm).forward(self.norm, state)
-        logits, _, index = type(self.gate).forward(self.gate, state)
-        scores: torch.Tensor = logits.detach().float().softmax(dim=-1)
-        return scores.scatter_add(1, index, torch.ones_like(scores))
+Fail = Callable[[Exception], None]
 
 
 def join(scores: torch.Tensor) -> torch.Tensor:
@@ -78,26 +53,6 @@ def join(scores: torch.Tensor) -> torch.Tensor:
     """
     total = scores.sum(dim=0)
     return total.where((scores > 1).any(dim=0), total.clamp(max=1))
-
-
-def routers(target: HasMoeLayers) -> list[Router]:
-    """Return the target's routers, one for each MoE layer.
-
-    Raises:
-        InvalidArgument: A layer has no norm or gate under the names that transformers uses.
-    """
-    found = []
-    blocks = decoder_layers(target.model)
-    for layer in target.moe_layers:
-        norm = getattr(blocks[layer.number], "post_attention_layernorm", None)
-        if norm is None or layer.gate is None:
-            raise InvalidArgument(
-                f"layer {layer.number} of {type(target.model).__name__} has no "
-                "post_attention_layernorm or no gate, so its experts cannot be predicted; use "
-                'policy="on-demand"'
-            )
-        found.append(Router(norm, layer.gate))
-    return found
 
 
 def draft_mismatch(target: HasMoeLayers, draft: Any) -> str | None:
@@ -162,6 +117,7 @@ def draft_predictions(
     state: str = STATES[0],
     layer_map: LayerMap | None = None,
     wanted: Wanted = lambda _: True,
+    on_error: Fail | None = None,
 ) -> Iterator[None]:
     """Report predictions for the target while ``draft`` runs, of the last token that it reads.
 
@@ -173,6 +129,7 @@ def draft_predictions(
             (after the draft's own norm) or "attention" (attention's output alone).
         layer_map: Stands for the target's routers. It reads the one state that it was fitted on.
         wanted: Asked before a layer's scores are computed; what is not wanted is not reported.
+        on_error: Called with what a prediction raises; without it the pass of the model fails.
 
     Raises:
         InvalidArgument: The models differ in depth or width and there is no map, the map does not
@@ -188,7 +145,7 @@ def draft_predictions(
                 if wanted(ordinal):
                     report(ordinal, reader.scores(captured[-1:])[0])
 
-            watch_state(hooks, reader.layer, reader.state, tell)
+            watch_state(hooks, reader.layer, reader.state, _guarded(tell, on_error))
         yield
 
 
@@ -200,6 +157,7 @@ def target_predictions(
     ahead: int = 1,
     first_row: Callable[[], int] = lambda: 0,
     wanted: Wanted = lambda _: True,
+    on_error: Fail | None = None,
 ) -> Iterator[None]:
     """Report predictions for the next layers while the target runs a few tokens.
 
@@ -209,10 +167,11 @@ def target_predictions(
         ahead: How many layers ahead, from 1 to 3.
         first_row: Called in each layer: rows before it are left out.
         wanted: As for `draft_predictions`.
+        on_error: As for `draft_predictions`.
     """
-    found, blocks = routers(target), decoder_layers(target.model)
+    found = routers(target)
     with ExitStack() as hooks:
-        for ordinal, layer in enumerate(target.moe_layers):
+        for ordinal, router in enumerate(found):
             nexts = range(ordinal + 1, min(ordinal + 1 + ahead, len(found)))
 
             def tell(rows: torch.Tensor, nexts: range = nexts) -> None:
@@ -222,5 +181,21 @@ def target_predictions(
                     scores = found[later].scores(rows[first_row() :], normed=False)
                     report(later, join(scores))
 
-            watch_state(hooks, blocks[layer.number], "residual", tell)
+            watch_input(hooks, router.norm, _guarded(tell, on_error))
         yield
+
+
+def _guarded(
+    tell: Callable[[torch.Tensor], None], on_error: Fail | None
+) -> Callable[[torch.Tensor], None]:
+    """Return ``tell``, with what it raises given to ``on_error``."""
+    if on_error is None:
+        return tell
+
+    def guarded(state: torch.Tensor) -> None:
+        try:
+            tell(state)
+        except Exception as error:  # of the models' code
+            on_error(error)
+
+    return guarded

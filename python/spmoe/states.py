@@ -89,16 +89,23 @@ def watch_state(hooks: ExitStack, layer: nn.Module, state: str, tell: Tell) -> N
             'policy="next-gate" or policy="on-demand"'
         )
 
-    def before_hook(_module: nn.Module, inputs: Any) -> None:
-        tell(inputs[0].detach()[0])
+    if before:
+        watch_input(hooks, module, tell)
+        return
 
     def after_hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         tell((output[0] if isinstance(output, tuple) else output).detach()[0])
 
-    if before:
-        hooks.callback(module.register_forward_pre_hook(before_hook).remove)
-    else:
-        hooks.callback(module.register_forward_hook(after_hook).remove)
+    hooks.callback(module.register_forward_hook(after_hook).remove)
+
+
+def watch_input(hooks: ExitStack, module: nn.Module, tell: Tell) -> None:
+    """Call ``tell`` with the first input of a module at each pass. As `watch_state`."""
+
+    def before_hook(_module: nn.Module, inputs: Any) -> None:
+        tell(inputs[0].detach()[0])
+
+    hooks.callback(module.register_forward_pre_hook(before_hook).remove)
 
 
 def watch_routing(hooks: ExitStack, gate: nn.Module, tell: TellRouting) -> None:

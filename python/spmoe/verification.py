@@ -113,7 +113,8 @@ def verify(
     """Decode each prompt three ways and compare the tokens.
 
     By the engine without speculation; by the engine with it; and by ``model.generate`` of the
-    plain transformers model, its own eager experts, everything in memory. Needs memory for the whole target.
+    plain transformers model, its own eager experts, everything in memory. Needs memory for the
+    whole target.
 
     Args:
         target: As for `load`.

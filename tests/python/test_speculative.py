@@ -252,7 +252,7 @@ class TestWhatADraftCannotDo:
         drafter.context_length = 20
         expected = write(3, None, 0, self.COUNT)
         assert write(3, drafter, 4, self.COUNT) == expected
-        assert 10 < sum(drafter.reads)
+        assert sum(drafter.reads) > 10
         assert drafter.length <= 20
 
     def test_a_prompt_past_its_context_is_decoded_plainly(self) -> None:

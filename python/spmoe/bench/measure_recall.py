@@ -20,17 +20,17 @@ from spmoe.predictor import (
     draft_mismatch,
     draft_predictions,
     draft_readers,
-    routers,
     target_predictions,
 )
 from spmoe.progress import Progress, silent
 from spmoe.recall import TokenTally
+from spmoe.routers import routers
 from spmoe.runtime import Runtime
 from spmoe.states import (
     STATES,
     HasMoeLayers,
-    decoder_layers,
     read_text,
+    watch_input,
     watch_routing,
     watch_state,
 )
@@ -89,7 +89,7 @@ def by_token(
     tallies = {
         source: [TokenTally() for _ in target.moe_layers] for source in (*sources, PREVIOUS_LAYER)
     }
-    found, blocks = routers(target), decoder_layers(target.model)
+    found = routers(target)
     for done, text in enumerate(texts):
         report("both models read the texts", done, len(texts))
         told: dict[tuple[str, int], torch.Tensor] = {}
@@ -101,8 +101,7 @@ def by_token(
             for ordinal in range(1, len(found)):
                 scores = partial(found[ordinal].scores, normed=False)
                 keep = partial(_keep, told, (PREVIOUS_LAYER, ordinal), scores)
-                before = blocks[target.moe_layers[ordinal - 1].number]
-                watch_state(hooks, before, "residual", keep)
+                watch_input(hooks, found[ordinal - 1].norm, keep)
             read_text(draft, text.token_ids)
             for ordinal, layer in enumerate(target.moe_layers):
 

@@ -21,6 +21,15 @@ _PROMPT = (5, 3, 8)
 _TEXT = (2, 7, 1)  # what follows the prompt
 _REJECTED = (9, 4)  # what is read in place of the last two, and must leave no trace
 
+_ONE_BY_ONE = "a pass of several tokens does not continue the text as passes of one do"
+
+# In the order of what they cost: rewind, several.
+_WAYS: tuple[tuple[Literal["crop", "restore"], bool], ...] = (
+    ("crop", True),
+    ("restore", True),
+    ("restore", False),
+)
+
 _SUPPORT: WeakKeyDictionary[CausalLM, CacheSupport] = WeakKeyDictionary()
 
 
@@ -43,11 +52,31 @@ def cache_support(model: CausalLM) -> CacheSupport:
     return known
 
 
+def why_not_draft(target: CausalLM, draft: CausalLM) -> str | None:
+    """Return why ``draft`` cannot propose tokens for ``target``; None if it can.
+
+    Raises:
+        InvalidArgument: The target cannot read a token.
+        OutOfMemory: One of them does not fit in memory.
+    """
+    support = cache_support(target)
+    if support.reason:
+        return f"rejected tokens cannot leave the target's cache ({support.reason})"
+    try:
+        support = cache_support(draft)
+    except InvalidArgument as error:
+        return str(error)
+    if support.rewind == "restart":
+        return f"rejected tokens cannot leave the draft's cache ({support.reason})"
+    return None
+
+
 def _try(model: CausalLM) -> CacheSupport:
     reasons = []
     for own_cache in (False, True):
+        plain = CacheSupport(own_cache, "restart", several=False)
         try:
-            expected = _one_by_one(CachedCausalLM(model, CacheSupport(own_cache, None)))
+            expected = _one_by_one(CachedCausalLM(model, plain))
         except (OutOfMemory, DeviceError):
             raise
         except Exception as error:  # whatever the model's code raises
@@ -62,10 +91,9 @@ def _try(model: CausalLM) -> CacheSupport:
 
 
 def _try_rewinding(model: CausalLM, own_cache: bool, expected: torch.Tensor) -> CacheSupport:
-    reason = "passes of several tokens do not continue the text as passes of one do"
-    ways: tuple[Literal["crop", "restore"], ...] = ("crop", "restore")
-    for way in ways:
-        support = CacheSupport(own_cache, way)
+    reason = ""
+    for rewind, several in _WAYS:
+        support = CacheSupport(own_cache, rewind, several, "" if several else _ONE_BY_ONE)
         try:
             found = _rejecting(CachedCausalLM(model, support))
         except (OutOfMemory, DeviceError):
@@ -75,7 +103,8 @@ def _try_rewinding(model: CausalLM, own_cache: bool, expected: torch.Tensor) -> 
             continue
         if torch.allclose(found, expected, rtol=0, atol=_tolerance(expected)):
             return support
-    return CacheSupport(own_cache, None, reason)
+        reason = "its state cannot be put back"
+    return CacheSupport(own_cache, "restart", several=False, reason=reason)
 
 
 def _one_by_one(model: CachedCausalLM) -> torch.Tensor:

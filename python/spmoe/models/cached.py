@@ -25,13 +25,16 @@ class CacheSupport:
     Attributes:
         own_cache: The model makes a cache of its own class; a `DynamicCache` fits all others.
         rewind: How rejected tokens leave the cache: "crop" cuts them off; "restore" puts back a
-            copy of the state from before they were read, which recurrent layers need; None means
-            that they cannot leave it, so that nothing may be drafted.
-        reason: Why not; empty where ``rewind`` is set.
+            copy of the state from before they were read, which recurrent layers need; "restart"
+            forgets the whole text.
+        several: A pass of several tokens continues the text as passes of one token do. Otherwise
+            tokens are read one by one.
+        reason: Why "restart", or why one by one; empty where neither holds.
     """
 
     own_cache: bool
-    rewind: Literal["crop", "restore"] | None
+    rewind: Literal["crop", "restore", "restart"]
+    several: bool
     reason: str = ""
 
 
@@ -53,7 +56,7 @@ class CachedCausalLM:
         # transformers renamed the argument in 5.24.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._can_keep = "logits_to_keep" in parameters
-        self._cache: Any = None if support.own_cache else DynamicCache(config=_text_config(model))
+        self._cache: Any = self._new_cache()
         self._ids = torch.empty((1, 0), dtype=torch.long, device=model.device)
         self._states: list[tuple[int, dict[str, Any]]] = []  # (length, state), for "restore"
         self.context_length = context_length(model)
@@ -77,7 +80,7 @@ class CachedCausalLM:
     @property
     def can_rewind(self) -> bool:
         """Whether `rewind` works, by the account of the cache itself; only after a first `read`."""
-        return self._support.rewind == "restore" or bool(self._cache.is_croppable)
+        return self._support.rewind != "crop" or bool(self._cache.is_croppable)
 
     def read(self, tokens: Sequence[int], *, last: int = 1) -> torch.Tensor:
         """Read ``tokens``; return the logits behind the ``last`` of them, [last, vocab].
@@ -87,6 +90,12 @@ class CachedCausalLM:
         Raises:
             OutOfMemory: The pass does not fit in the memory of its device.
         """
+        if self.length and not self._support.several:
+            logits = [self._read([token], min(last, 1)) for token in tokens]
+            return torch.cat(logits[len(logits) - last :]) if last else logits[-1]
+        return self._read(tokens, last)
+
+    def _read(self, tokens: Sequence[int], last: int) -> torch.Tensor:
         first = self.length == 0
         if not first and self._support.rewind == "restore":
             self._states.append((self.length, copied_state(self._cache)))
@@ -132,12 +141,17 @@ class CachedCausalLM:
         if self._support.rewind == "crop":
             self._cache.crop(min(0, length - self.length))
         elif length < self.length:
-            length, state = max(
-                (kept for kept in self._states if kept[0] <= length), key=lambda kept: kept[0]
-            )
-            restore_state(self._cache, state)
+            kept = [(at, state) for at, state in self._states if at <= length]
+            if kept:
+                length, state = kept[-1]
+                restore_state(self._cache, state)
+            else:
+                length, self._cache = 0, self._new_cache()
         self._states.clear()
         self._ids = self._ids[:, :length]
+
+    def _new_cache(self) -> Any:
+        return None if self._support.own_cache else DynamicCache(config=_text_config(self._model))
 
 
 def _text_config(model: CausalLM) -> Any:
