@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spmoe
-from families import FAMILIES, greedy, make_checkpoint
+from families import greedy
 from spmoe.models.loading import load_plain
 from spmoe.models.text import encode
 
@@ -36,25 +36,7 @@ def expected(target_path: Path, engine: spmoe.Engine) -> list[int]:
 
 
 class TestLossless:
-    """Family, budget and draft length: tokens equal the target's own."""
-
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_tokens_are_the_targets_own(
-        self, family: str, tmp_path: Path, draft_path: Path
-    ) -> None:
-        path = make_checkpoint(family, tmp_path)
-        for draft in (path, draft_path):
-            for budget in ("50%", "100%"):
-                with spmoe.load(path, draft, expert_memory=budget) as engine:
-                    prompt = engine.encode(PROMPT)
-                    alone = greedy(load_plain(path), torch.tensor([prompt]), NEW_TOKENS)
-                    for draft_length in DRAFT_LENGTHS:
-                        found: list[int] = []
-                        for iteration in engine.iterate(
-                            prompt, max_new_tokens=NEW_TOKENS, draft_length=draft_length
-                        ):
-                            found += iteration.tokens
-                        assert found == alone, (family, budget, draft_length)
+    """Budget and arrival order: the bits stay. `test_lossless.py` has families and drafts."""
 
     def test_the_smallest_budget_and_a_slow_link_give_the_same_bits(
         self, target_path: Path, engine: spmoe.Engine

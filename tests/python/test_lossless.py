@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,11 @@ def written(
     return result.token_ids, result.stats.drafted, result.stats.accepted
 
 
-def spoil(engine: spmoe.Engine) -> None:
-    """Let the draft, a copy of the target, never propose half of the tokens."""
-    generator = torch.Generator().manual_seed(3)
-    weight = engine.draft.get_output_embeddings().weight
+def spoil(engine: spmoe.Engine, tokens: list[int]) -> None:
+    """Let the draft, a copy of the target, never propose the rarer half of ``tokens``."""
+    by_count = [token for token, _ in Counter(tokens).most_common()]
     with torch.no_grad():
-        weight[torch.rand(len(weight), generator=generator) < 0.5] = 0
+        engine.draft.get_output_embeddings().weight[by_count[(len(by_count) + 1) // 2 :]] = 0
 
 
 @pytest.mark.parametrize("family", sorted(ALL_FAMILIES.keys() - PLAIN_FAMILIES))
@@ -52,13 +52,14 @@ def test_tokens_are_those_of_generate(
         tokens, drafted, accepted = written(engine, 4)
         assert tokens == expected
         assert accepted > 0.9 * drafted > 0
-        spoil(engine)
+        spoil(engine, expected)
         drafted = accepted = 0
         for draft_length in (1, 4, 9):
             tokens, *counts = written(engine, draft_length)
             assert tokens == expected, draft_length
             drafted, accepted = drafted + counts[0], accepted + counts[1]
-        assert 0 < accepted < drafted
+        assert accepted > 0
+        assert accepted < drafted or len(set(expected)) == 1
         assert engine.runtime.calibration()  # predictions were made, and none failed
     assert not [record for record in caplog.records if record.name == "spmoe"]
 

@@ -60,7 +60,8 @@ class CachedCausalLM:
         self._ids = torch.empty((1, 0), dtype=torch.long, device=model.device)
         self._states: list[tuple[int, dict[str, Any]]] = []  # (length, state), for "restore"
         self.context_length = context_length(model)
-        self.vocabulary_size = int(model.get_input_embeddings().num_embeddings)
+        embeddings: Any = model.get_input_embeddings()
+        self.vocabulary_size = int(embeddings.num_embeddings)
         self._switches = _switches(model)
 
     @property
@@ -119,7 +120,8 @@ class CachedCausalLM:
         return output.logits[0, -last:] if last else torch.empty(0, 0)
 
     def _pass(self, count: int, last: int, *, first: bool) -> Any:
-        inputs = self._model.prepare_inputs_for_generation(
+        prepare: Any = self._model.prepare_inputs_for_generation
+        inputs = prepare(
             self._ids,
             next_sequence_length=count,
             use_cache=True,
@@ -127,7 +129,8 @@ class CachedCausalLM:
             **{self._cache_name: self._cache},
         )
         if last == 0:
-            return self._model.base_model(**inputs)
+            decoder: Any = self._model.base_model
+            return decoder(**inputs)
         if self._can_keep:
             inputs["logits_to_keep"] = last
         return self._model(**inputs)

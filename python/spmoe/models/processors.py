@@ -65,9 +65,10 @@ def request_processors(
     Raises:
         InvalidArgument: The generation configuration contradicts itself.
     """
-    config = copy.deepcopy(model.generation_config)
+    config: Any = copy.deepcopy(model.generation_config)
+    generate: Any = model.generate  # transformers' own types do not cover it
     config.update(**_NOT_APPLIED, do_sample=False, max_length=max_length, max_new_tokens=None)
-    found = LogitsProcessorList()
+    found: Any = LogitsProcessorList()
 
     def keep(_model: Any, ids: torch.Tensor, logits_processor: Any, **_: Any) -> torch.Tensor:
         found.extend(logits_processor)
@@ -76,7 +77,7 @@ def request_processors(
     ids = torch.tensor([list(prompt)], device=model.device)
     try:
         # `generate` prepares everything and hands it to `keep` in place of its decoding loop.
-        model.generate(
+        generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +23,8 @@ def generate_alone(
         The new token ids, and the scores [tokens, vocab] whose argmax each is.
     """
     ids = torch.tensor([list(prompt)], device=model.device)
-    output = model.generate(
+    generate: Any = model.generate  # transformers' own types do not cover it
+    output = generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
