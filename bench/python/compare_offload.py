@@ -107,8 +107,8 @@ def main(**flags: Any) -> None:
     where = cpu_model() if flags["device"] == "host" else device_model(flags["device"])
     caption = (
         f"{where}, torch {torch.__version__}; {Path(target).name}, "
-        f"{flags['dtype']}; on the device {format_bytes(dense_bytes)} of everything but experts "
-        f"and {format_bytes(expert_bytes)} for experts; {flags['prompts']}, "
+        f"{str(dtype).removeprefix('torch.')}; on the device {format_bytes(dense_bytes)} of "
+        f"everything but experts and {format_bytes(expert_bytes)} for experts; {flags['prompts']}, "
         f"{flags['max_new_tokens']} tokens each"
     )
     click.echo(f"{caption}\n\n{_table(rows)}")

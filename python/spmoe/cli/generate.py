@@ -58,6 +58,12 @@ _TRACE_SPANS = 200_000  # some minutes of decoding
     default=0,
     help="Of random numbers; greedy decoding draws none.",
 )
+@option(
+    "--max-context",
+    type=click.IntRange(min=1),
+    help="Tokens of prompt and answer that memory is kept for; by default the model's context, "
+    "4096 at most.",
+)
 @device_option
 @pinned_option
 @link_option
@@ -90,6 +96,7 @@ def generate(
             eviction=flags["eviction"],
             device=flags["device"],
             pinned_memory=flags["pinned_memory"],
+            max_context=flags["max_context"],
             link_gbps=flags["link_gbps"],
             trace_spans=_TRACE_SPANS if flags["trace"] else 0,
             progress=progress,

@@ -50,9 +50,11 @@ def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
             option("--draft-model", metavar="MODEL", help="Directory or hub id of the draft."),
             option(
                 "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                default="float32",
-                help="Of activations and of all weights but the experts'.",
+                type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                default="auto",
+                callback=lambda _context, _option, name: None if name == "auto" else name,
+                help="Of activations and of all weights but the experts'; auto: float32 on the "
+                "host, the checkpoint's own on CUDA.",
             ),
         ]
     ):

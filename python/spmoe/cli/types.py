@@ -10,10 +10,8 @@ from typing import Any
 
 import click
 
-from spmoe.config import check_draft_length, parse_memory, parse_pinned_memory
+from spmoe.config import check_draft_length, check_memory, check_pinned_memory
 from spmoe.errors import InvalidArgument
-
-_ANY_TOTAL_BYTES = 1 << 40  # of a model that is not open yet
 
 
 class Checked(click.types.StringParamType):
@@ -90,22 +88,12 @@ class WholeText(click.types.StringParamType):
         return [rv]
 
 
-def _check_memory(text: str) -> None:
-    if text != "auto":
-        parse_memory(text, _ANY_TOTAL_BYTES)
-
-
-def _check_pinned_memory(text: str) -> None:
-    if text != "auto":
-        parse_pinned_memory(text, _ANY_TOTAL_BYTES)
-
-
 def _check_device(text: str) -> None:
     if re.fullmatch(r"auto|host|cpu|cuda(:[0-9]+)?", text) is None:
         raise InvalidArgument(f'device "{text}" is not one of auto, host, cuda, cuda:<index>')
 
 
-MEMORY = Checked("share|size", _check_memory)
-PINNED_MEMORY = Checked("share|size|auto", _check_pinned_memory)
-DRAFT_LENGTH = Checked("0..31|auto", check_draft_length)
+MEMORY = Checked("auto|share|size", check_memory)
+PINNED_MEMORY = Checked("auto|share|size", check_pinned_memory)
+DRAFT_LENGTH = Checked("auto|0..31", check_draft_length)
 DEVICE = Checked("device", _check_device)
