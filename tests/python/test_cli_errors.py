@@ -227,9 +227,11 @@ class TestProgressWithoutATerminal:
             assert timer.seconds == 2
             timer.function()
             report("allocating memory", 2, 3)
-        assert capsys.readouterr().err == "loading the draft (1 of 3) ...\n"
-        assert len(timers) == 1
-        assert timer.cancelled
+            assert capsys.readouterr().err == "loading the draft (1 of 3) ...\n"
+            report("filling memory, MB", 10, 4000)
+            timers[1].function()
+        assert capsys.readouterr().err == "filling memory, MB (10 of 4000) ...\n"
+        assert [timer.cancelled for timer in timers] == [True, True]
 
     def test_work_that_ends_sooner_is_not_spoken_of(self, timers: list[Any]) -> None:
         with progress_bar(False) as report:

@@ -38,10 +38,10 @@ def progress_bar(quiet: bool) -> Iterator[Report]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
+        task = bars.add_task("", total=None, visible=False)
 
         def report(description: str, done: int, total: int) -> None:
-            bars.update(task, description=description, completed=done, total=total)
+            bars.update(task, description=description, completed=done, total=total, visible=True)
             if done >= total:
                 bars.stop()
             elif not bars.live.is_started:
@@ -51,27 +51,28 @@ def progress_bar(quiet: bool) -> Iterator[Report]:
 
 
 class _Line:
-    """Prints one line, once, about work that lasts."""
+    """Prints one line about a stage of work that lasts; another total is another stage."""
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
         self._latest = ""
-        self._printed = False
+        self._total = 0
 
     def report(self, description: str, done: int, total: int) -> None:
         self._latest = f"{description} ({done} of {total})"
-        if done >= total:
-            self.cancel()
-        elif self._timer is None and not self._printed:
+        if done < total == self._total:
+            return
+        self.cancel()
+        if done < total:
+            self._total = total
             self._timer = threading.Timer(_PATIENCE_S, self._print)
             self._timer.daemon = True
             self._timer.start()
 
     def cancel(self) -> None:
+        self._total = 0
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _print(self) -> None:
-        self._printed = True
         click.echo(f"{self._latest} ...", err=True)
