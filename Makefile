@@ -41,7 +41,7 @@ stubs: .venv/.spmoe
 	$(BIN)/python tools/make_stubs.py
 
 demo: .venv/.spmoe
-	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96
+	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96 --expert-memory 25%
 
 test: test-cpp test-asan test-tsan test-python
 

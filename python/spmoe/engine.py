@@ -17,6 +17,7 @@ from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
 from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
+from spmoe.memory_plan import MemoryPlan
 from spmoe.metrics import Metrics
 from spmoe.models.cache_support import cache_support, cached, why_not_draft
 from spmoe.models.cached import CausalLM, context_length
@@ -86,6 +87,7 @@ class Engine(Closeable):
         self.layer_map = None if layer_map is None else layer_map.to(runtime.device)
         self.last: Metrics | None = None  # figures of the last request
         self.load_seconds: dict[str, float] = {}  # step of `load` -> how long it took
+        self.memory: MemoryPlan | None = None  # how `load` divided it
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._limits: Limits | None = None  # of the running iteration
         self._covered_rows = 0  # of the running verification, which the draft predicted for

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 
 import torch
 
 from spmoe.devices import native_name
 from spmoe.engine import Engine
+from spmoe.expert_memory import free_bytes
 from spmoe.measure import estimate
+from spmoe.memory_plan import plan_memory
 from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolve_dtype
 from spmoe.pairing import check_pairing
 from spmoe.planner import PLANNED
@@ -16,12 +19,14 @@ from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, Steps, silent
 from spmoe.settings import check_settings
 
+log = logging.getLogger("spmoe")
+
 
 def load(
     target: str | PathLike[str],
     draft: str | PathLike[str] | None = None,
     *,
-    expert_memory: int | str = "25%",
+    expert_memory: int | str = "auto",
     device: str = "auto",
     pinned_memory: int | str = "auto",
     draft_length: int | str = "auto",
@@ -39,7 +44,9 @@ def load(
         target: Directory or hub id of the model whose output counts.
         draft: Directory or hub id of a model of the same tokenizer that proposes tokens; None
             decodes plainly. Changes speed, never the text.
-        expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
+        expert_memory: Memory for experts: "auto", "25%" of all, "6GiB", or bytes. "auto" is what
+            fits: what is free on the device, less the models' other weights, their caches at
+            ``max_context`` tokens, scratch and a reserve; see `spmoe.memory_plan.MemoryPlan`.
         device: Of all that computes: "host", "cuda", "cuda:<index>", or "auto": CUDA where it can
             be used.
         pinned_memory: As for `Runtime`.
@@ -57,7 +64,7 @@ def load(
     Raises:
         InvalidArgument: A model without experts, a budget too small, a draft that does not fit.
         CheckpointError: A shard is missing or damaged.
-        OutOfMemory: The budget is not to be had.
+        OutOfMemory: More memory is asked than is available, or a model does not fit.
         DeviceError: The CUDA device cannot be used; the message says why.
     """
     place = check_settings(
@@ -73,6 +80,7 @@ def load(
         max_context=max_context,
     )
     device = native_name(place)
+    free_before = free_bytes(place)
     chosen = resolve_dtype(dtype)
     measured = policy in PLANNED or (draft_length == "auto" and draft is not None)
     steps = Steps(progress or silent, 2 + (draft is not None) + measured)
@@ -84,6 +92,17 @@ def load(
         with steps.step("draft", "loading the draft"):
             drafter = load_draft(draft, device=place)
             check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
+    plan = plan_memory(
+        loaded.model,
+        drafter,
+        loaded.store,
+        expert_memory=expert_memory,
+        experts_per_token=loaded.experts_per_token,
+        device=place,
+        free_before=free_before,
+        max_context=max_context,
+    )
+    log.info("%s", plan.describe())
     costs = layer_map = None
     if measured:
         with steps.step("costs", "estimating costs"):
@@ -99,14 +118,14 @@ def load(
             costs = known_costs(fingerprint, loaded.store.blob_bytes) or estimate(
                 loaded,
                 drafter,
-                expert_memory=expert_memory,
+                expert_memory=plan.expert_bytes,
                 device=device,
                 pinned_memory=pinned_memory,
                 link_gbps=link_gbps,
             )
-    with steps.step("expert memory", "allocating expert memory"):
+    with steps.step("expert memory", f"allocating {plan.describe()}"):
         runtime = loaded.open_runtime(
-            expert_memory=expert_memory,
+            expert_memory=plan.expert_bytes,
             device=device,
             link_gbps=link_gbps,
             policy=policy,
@@ -126,4 +145,6 @@ def load(
         layer_map=layer_map,
     )
     engine.load_seconds = steps.seconds
+    engine.memory = plan
+    engine.prompt_chunk = plan.prompt_chunk
     return engine

@@ -45,7 +45,7 @@ class Memory:
         limit_bytes: Of the control group, where that is less than RAM; None: no limit found.
         lock_limit_bytes: RLIMIT_MEMLOCK.
         huge_pages: Transparent huge pages: "always", "madvise" or "never".
-        usable_bytes: What is available, within the group's limit: more cannot be page-locked.
+        usable_bytes: What is available and what the group's limit leaves, whichever is less.
     """
 
     total_bytes: int | None
@@ -109,15 +109,9 @@ def read_memory(root: Path = Path("/")) -> Memory:
     """Return RAM and its limits; ``root`` as for `read_processor`."""
     info = _fields(root / "proc/meminfo")
     total = _kib(info.get("MemTotal"))
-    limits = [
-        limit
-        for group in _groups(root)
-        for name in ("memory.max", "memory.limit_in_bytes")
-        if (limit := _number(_read(group / name))) is not None
-    ]
-    limit = min(limits, default=None)
-    if limit is not None and total is not None and limit >= total:
-        limit = None  # the first version of control groups writes a huge number for none
+    groups = [room for group in _groups(root) if (room := _group_room(group, total)) is not None]
+    limit = min((limit for limit, _ in groups), default=None)
+    left = [room for _, room in groups]
     pages = re.search(
         r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
     )
@@ -128,7 +122,7 @@ def read_memory(root: Path = Path("/")) -> Memory:
         limit_bytes=limit,
         lock_limit_bytes=_lock_limit(_read(root / "proc/self/limits") or ""),
         huge_pages=pages[1] if pages else None,
-        usable_bytes=min((size for size in (available, limit) if size is not None), default=None),
+        usable_bytes=min([*left, *([available] if available is not None else [])], default=None),
     )
 
 
@@ -163,6 +157,30 @@ def _groups(root: Path) -> Iterator[Path]:
                 yield place
                 place = place.parent
             yield base
+
+
+def _group_room(group: Path, total_bytes: int | None) -> tuple[int, int] | None:
+    """Return the limit of a control group and what it leaves; None if it has none.
+
+    Pages of files that the group caches count as left, since the kernel would give them up.
+    """
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit = _number(_read(group / limit_name))
+        # The first version of control groups writes a huge number for none.
+        if limit is None or (total_bytes is not None and limit >= total_bytes):
+            continue
+        used = _number(_read(group / used_name)) or 0
+        # In the first version the names without "total_" leave out the groups below.
+        prefix = "total_" if used_name == "memory.usage_in_bytes" else ""
+        stat = dict(line.split()[:2] for line in (_read(group / "memory.stat") or "").splitlines())
+        cached = sum(
+            _number(stat.get(f"{prefix}{name}")) or 0 for name in ("inactive_file", "active_file")
+        )
+        return limit, max(0, limit - max(0, used - cached))
+    return None
 
 
 def _quota_cores(group: Path) -> float | None:

@@ -11,9 +11,10 @@ import torch
 
 from spmoe import _core
 from spmoe.closeable import Closeable
-from spmoe.config import format_bytes, parse_memory
+from spmoe.config import format_bytes
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
+from spmoe.expert_memory import expert_budget
 from spmoe.pinned import pinned_budget
 from spmoe.policies import EVICTIONS, POLICIES
 from spmoe.progress import Progress, silent
@@ -38,7 +39,8 @@ class Runtime(Closeable):
 
     Args:
         store: The model's experts; see `spmoe.open_store`.
-        expert_memory: Memory for experts: "25%" of all, "6GiB", or bytes.
+        expert_memory: Memory for experts: "25%" of all, "6GiB", bytes, or "auto": what is free on
+            the device, less a reserve of 1 GiB or an eighth. Never more than all experts need.
         experts_per_token: The model's top-k.
         activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         alpha: Sigmoid factor of "clamped_swiglu".
@@ -59,7 +61,7 @@ class Runtime(Closeable):
     Raises:
         InvalidArgument: A setting is wrong, or the budget is under one wave (the experts that one
             token needs in a layer); the message names the bytes needed.
-        OutOfMemory: The memory is not to be had.
+        OutOfMemory: More memory is asked than is available; the message names both.
         DeviceError: The CUDA device cannot be used; the message says why.
     """
 
@@ -86,11 +88,14 @@ class Runtime(Closeable):
         self.store = store
         self.policy = policy
         self.trace_spans = trace_spans
-        self.expert_memory_bytes = parse_memory(expert_memory, store.total_bytes)
+        granted = expert_budget(
+            expert_memory, store, self.device, experts_per_token=experts_per_token
+        )
+        self.expert_memory_bytes = min(granted, store.total_bytes)
         budget = pinned_budget(pinned_memory, store.total_bytes, self.device)
         self._native = _core.Runtime(
             store,
-            self.expert_memory_bytes,
+            granted,
             experts_per_token,
             activation=activation,
             alpha=alpha,

@@ -102,7 +102,7 @@ def verify(
     *,
     max_new_tokens: int = 64,
     draft_length: int | str = 4,
-    expert_memory: int | str = "25%",
+    expert_memory: int | str = "auto",
     policy: str = "horizon",
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,

@@ -117,6 +117,32 @@ def test_the_first_version_of_control_groups_is_read_too(tree) -> None:
     assert read_processor(root).quota_cores == 0.5
 
 
+def test_what_a_group_uses_is_not_left_but_for_its_cached_files(tree) -> None:
+    second = {
+        "proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 900000 kB\n",
+        "proc/self/cgroup": "0::/job\n",
+        "sys/fs/cgroup/job/memory.max": "1000000\n",
+        "sys/fs/cgroup/job/memory.current": "700000\n",
+        "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 100000\nactive_file 50000\n",
+    }
+    assert read_memory(tree(second)).usable_bytes == 1_000_000 - (700_000 - 150_000)
+    assert read_memory(tree(second | {"proc/meminfo": "MemAvailable: 4 kB"})).usable_bytes == 4096
+
+
+def test_of_the_first_version_cached_files_count_once(tree) -> None:
+    first = {
+        "proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 900000 kB\n",
+        "proc/self/cgroup": "4:memory:/job\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1000000\n",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "700000\n",
+        "sys/fs/cgroup/memory/job/memory.stat": (
+            "inactive_file 1000\nactive_file 9\n"
+            "total_inactive_file 100000\ntotal_active_file 50000\n"
+        ),
+    }
+    assert read_memory(tree(first)).usable_bytes == 1_000_000 - (700_000 - 150_000)
+
+
 def test_a_limit_above_ram_is_none(tree) -> None:
     root = tree(
         {

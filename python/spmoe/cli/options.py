@@ -146,8 +146,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             option(
                 "--expert-memory",
                 type=MEMORY,
-                default="25%",
-                help="Memory for experts: 25% of all, 6GiB, or bytes.",
+                default="auto",
+                help="Memory for experts: auto (what fits), 25% of all, 6GiB, or bytes.",
             ),
         ]
     ):
