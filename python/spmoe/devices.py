@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from pathlib import Path
 
 import torch
 
 from spmoe import _core
 from spmoe.errors import DeviceError, InvalidArgument
+
+log = logging.getLogger("spmoe")
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there while its kernel module is loaded
 
 
 def cuda_status() -> tuple[int, str]:
@@ -24,6 +30,8 @@ def cuda_status() -> tuple[int, str]:
 def resolve_device(name: str) -> torch.device:
     """Return the device that a setting means.
 
+    "auto" warns where it falls back to the host beside a GPU.
+
     Args:
         name: "auto": the first CUDA device, the host without one; "host" or "cpu"; "cuda"; or
             "cuda:<index>".
@@ -39,6 +47,12 @@ def resolve_device(name: str) -> torch.device:
         raise InvalidArgument(f'device "{name}" is not one of auto, host, cuda, cuda:<index>')
     count, reason = cuda_status()
     if name == "auto" and not count:
+        if torch.cuda.is_available() or _NVIDIA_DRIVER.exists():
+            log.warning(
+                "a GPU is here, but everything runs on the host: %s; to be quiet, give "
+                'device="host"',
+                reason.removesuffix('; use device="host"'),
+            )
         return torch.device("cpu")
     index = int(match[1] or 0)
     if index >= count:

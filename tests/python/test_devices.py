@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -38,6 +40,30 @@ def test_auto_is_the_host_without_cuda(no_gpu: None) -> None:
     device = devices.resolve_device("auto")
     assert device == torch.device("cpu")
     assert devices.native_name(device) == "host"
+
+
+@pytest.mark.parametrize("seen_by", ["torch", "driver"])
+def test_auto_says_why_it_leaves_a_gpu_alone(
+    no_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    seen_by: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen_by == "torch")
+    driver = tmp_path / "version"
+    monkeypatch.setattr(devices, "_NVIDIA_DRIVER", driver)
+    if seen_by == "driver":
+        driver.touch()
+    assert devices.resolve_device("auto") == torch.device("cpu")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "a GPU is here, but everything runs on the host: the driver is gone" in caplog.text
+    caplog.clear()
+    assert devices.resolve_device("host") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    driver.unlink(missing_ok=True)
+    assert devices.resolve_device("auto") == torch.device("cpu")
+    assert not caplog.records
 
 
 def test_cuda_that_cannot_be_used_is_refused_with_the_reason(no_gpu: None) -> None:
