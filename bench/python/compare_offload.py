@@ -87,7 +87,7 @@ def main(**flags: Any) -> None:
         click.echo(f"skipped: {reason}")
         return
     target, draft = find_models(**flags)
-    dtype = resolve_dtype(flags["dtype"])
+    flags["dtype"] = dtype = resolve_dtype(flags["dtype"])
     dense_bytes, expert_bytes = _sizes(target, dtype, flags["expert_memory"])
     lengths = [0] if draft is None else [0, flags["draft_length"]]
     with progress_bar(quiet=False) as progress:
@@ -197,7 +197,7 @@ def _offloaded(target: str | Path, budget_bytes: int, flags: dict[str, Any]) -> 
     with tempfile.TemporaryDirectory() as folder:
         model = load(
             find_checkpoint(target).directory,
-            dtype=resolve_dtype(flags["dtype"]),
+            dtype=flags["dtype"],
             device_map="auto",
             max_memory=places,
             offload_folder=folder,

@@ -12,12 +12,12 @@ from spmoe.engine import Engine
 from spmoe.expert_memory import free_bytes
 from spmoe.measure import estimate
 from spmoe.memory_plan import plan_memory
-from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolve_dtype
+from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.pairing import check_pairing
 from spmoe.planner import PLANNED
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, Steps, silent
-from spmoe.settings import check_settings
+from spmoe.settings import check_dtype, check_settings
 
 log = logging.getLogger("spmoe")
 
@@ -54,7 +54,8 @@ def load(
         policy: What is prefetched: one of `spmoe.runtime.POLICIES`. Changes speed, never the text.
         eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
         dtype: Of the target's activations and of all its weights but the experts', which keep the
-            checkpoint's; None means float32 on the host. The draft keeps its checkpoint's.
+            checkpoint's; None means float32 on the host, the checkpoint's own on CUDA. The draft
+            keeps its checkpoint's.
         max_context: Tokens of prompt and answer that memory is kept for; None: the model's own
             context, 4096 at most.
         link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
@@ -81,11 +82,10 @@ def load(
     )
     device = native_name(place)
     free_before = free_bytes(place)
-    chosen = resolve_dtype(dtype)
     measured = policy in PLANNED or (draft_length == "auto" and draft is not None)
     steps = Steps(progress or silent, 2 + (draft is not None) + measured)
     with steps.step("target", "loading the target without its experts"):
-        loaded = load_target(target, dtype=chosen, device=place)
+        loaded = load_target(target, dtype=check_dtype(dtype), device=place)
         tokenizer = load_tokenizer(target)
     drafter = None
     if draft is not None:
@@ -109,7 +109,7 @@ def load(
             fingerprint = Fingerprint.of(
                 target,
                 draft,
-                dtype=chosen,
+                dtype=loaded.model.dtype,
                 device=device,
                 pinned_memory=pinned_memory,
                 link_gbps=link_gbps,

@@ -26,7 +26,6 @@ from spmoe.models.loading import (
     load_draft,
     load_target,
     load_tokenizer,
-    resolve_dtype,
 )
 from spmoe.pinned import pinned_budget
 from spmoe.predictor import draft_mismatch
@@ -34,6 +33,7 @@ from spmoe.profile import Fingerprint, Profile
 from spmoe.progress import Progress, silent
 from spmoe.prompts import load_prompts
 from spmoe.runtime import Runtime
+from spmoe.settings import check_dtype
 
 ROWS = (1, 2, 3, 5, 9, 17)  # of a verification
 BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once
@@ -60,9 +60,9 @@ def make_profile(
 
     The result is not saved yet. Arguments as for `spmoe.load`; ``repeats`` as for `measure`.
     """
-    chosen, place = resolve_dtype(dtype), resolve_device(device)
+    place = resolve_device(device)
     device = native_name(place)
-    loaded = load_target(target, dtype=chosen, device=place)
+    loaded = load_target(target, dtype=check_dtype(dtype), device=place)
     drafter = load_draft(draft, device=place) if draft is not None else None
     text = load_prompts()[0].text
     tokenizer = load_tokenizer(target)
@@ -89,7 +89,7 @@ def make_profile(
     fingerprint = Fingerprint.of(
         target,
         draft,
-        dtype=chosen,
+        dtype=loaded.model.dtype,
         device=device,
         pinned_memory=pinned_memory,
         link_gbps=link_gbps,

@@ -15,7 +15,7 @@ from spmoe import speculative
 from spmoe.config import check_draft_length
 from spmoe.errors import InvalidArgument
 from spmoe.loader import load
-from spmoe.models.loading import load_plain, resolve_dtype
+from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.models.text import Prompt
 from spmoe.progress import Progress, silent
@@ -176,8 +176,8 @@ def verify(
             for name, drafted in lengths.items()
         }
         context_length = engine.context_length
+        chosen = engine.target.model.dtype
 
-    chosen = resolve_dtype(dtype)
     plain = load_plain(target, dtype=chosen)
     expected = []
     for tokens in encoded:

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from families import FAMILIES, make_checkpoint, make_dense_draft, make_tokenizer
 from spmoe.errors import CheckpointError, InvalidArgument
-from spmoe.models import experts
+from spmoe.models import experts, loading
 from spmoe.models.activation import recognise
 from spmoe.models.checkpoint import find_checkpoint
 from spmoe.models.loading import load_draft, load_plain, load_target, load_tokenizer
@@ -288,6 +288,21 @@ def test_a_target_has_no_gradients_and_the_asked_dtype(good: Path) -> None:
         for parameter in model.parameters():
             assert not parameter.requires_grad
             assert parameter.dtype == (dtype or torch.float32)
+
+
+def test_on_cuda_a_target_keeps_the_dtype_of_its_checkpoint(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[torch.device] = []
+    monkeypatch.setattr(loading, "place", lambda _, device: moved.append(device))
+    gpu = torch.device("cuda", 0)
+    for own in ("bfloat16", "float16", "float32"):
+        change_config(broken, dtype=own)
+        assert load_target(broken, device=gpu).model.dtype is getattr(torch, own)
+        assert load_target(broken, device=torch.device("cpu")).model.dtype is torch.float32
+        asked = load_target(broken, device=gpu, dtype=torch.float16)
+        assert asked.model.dtype is torch.float16
+    assert moved[0] == gpu
 
 
 def test_end_tokens_come_from_the_generation_config_first(broken: Path) -> None:

@@ -78,7 +78,7 @@ def load_models(
     target: str | PathLike[str],
     draft: str | PathLike[str] | None,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     link_gbps: float,
     device: str = "auto",
 ) -> Models:
@@ -87,7 +87,9 @@ def load_models(
     device = native_name(place)
     loaded = load_target(target, dtype=dtype, device=place)
     drafter = load_draft(draft, device=place) if draft is not None else None
-    fingerprint = Fingerprint.of(target, draft, dtype=dtype, device=device, link_gbps=link_gbps)
+    fingerprint = Fingerprint.of(
+        target, draft, dtype=loaded.model.dtype, device=device, link_gbps=link_gbps
+    )
     costs = known_costs(fingerprint) or estimate(
         loaded, drafter, expert_memory="50%", link_gbps=link_gbps, device=device
     )

@@ -26,11 +26,12 @@ from spmoe.bench.degrade import degrade
 from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
 from spmoe.metrics import cpu_model
-from spmoe.models.loading import load_plain, resolve_dtype
+from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.progress import Progress, silent
 from spmoe.prompts import Prompt
 from spmoe.runtime import POLICIES
+from spmoe.settings import check_dtype
 
 
 def bench(
@@ -86,8 +87,10 @@ def bench(
         for cell in itertools.starmap(Cell, grid)
         if (cell.policy, cell.draft_length) != ("oracle", "auto")
     ]
-    chosen = resolve_dtype(dtype)
-    models = load_models(target, draft, dtype=chosen, link_gbps=link_gbps, device=device)
+    models = load_models(
+        target, draft, dtype=check_dtype(dtype), link_gbps=link_gbps, device=device
+    )
+    chosen = models.target.model.dtype
     runs = len(prompts) * (1 + repeats * (len(draft_lengths) + len(cells)))
     done = itertools.count(1)
 

@@ -29,7 +29,7 @@ from spmoe.models.experts import (
 from spmoe.models.linear import quicken
 from spmoe.models.pretrained import read_config, read_model, read_tokenizer
 from spmoe.runtime import Runtime
-from spmoe.settings import check_dtype
+from spmoe.settings import DTYPES, check_dtype
 from spmoe.store import open_store
 
 _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
@@ -93,7 +93,8 @@ def load_target(
 
     Args:
         path: Directory or hub id.
-        dtype: Of everything but the experts; None means float32.
+        dtype: Of everything but the experts; None means float32 on the host, the checkpoint's own
+            on a CUDA device.
         device: Where everything but the experts is.
 
     Raises:
@@ -119,6 +120,8 @@ def load_target(
     )
     _check_store(name, store, expected)
     experts_per_token = _experts_per_token(name, config)
+    if dtype is None and device.type != "cpu":
+        dtype = _own_dtype(config)
     with without_experts(config):
         model, unexpected = read_model(
             name, checkpoint.directory, config, dtype=dtype, experts_implementation=IMPLEMENTATION
@@ -170,9 +173,7 @@ def load_draft(
         device: Where it runs.
     """
     if dtype is None:
-        config = read_config(fspath(path), find_directory(path))
-        own: Any = config.get_text_config().dtype
-        dtype = own if isinstance(own, torch.dtype) else torch.float32
+        dtype = _own_dtype(read_config(fspath(path), find_directory(path)))
     draft = load_plain(path, dtype=dtype)
     place(draft, device)
     return draft
@@ -206,8 +207,14 @@ def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """Return the torch dtype that a setting means; None means float32."""
+    """Return the torch dtype that a setting means; None means float32, as on the host."""
     return check_dtype(dtype) or torch.float32
+
+
+def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype of a checkpoint by its configuration, float32 if that does not say."""
+    own: Any = config.get_text_config().dtype
+    return own if own in DTYPES else torch.float32
 
 
 def _check_store(name: str, store: ExpertStore, expected: ExpertFormat) -> None:
