@@ -15,6 +15,8 @@ void bind_device(py::module_& m) {
         return py::make_tuple(status.device_count, status.reason);
       },
       "How many CUDA devices there are, and if none, why.");
+  m.def("cuda_device_problem", &cuda_device_problem, py::arg("index"),
+        "Why the CUDA device of an index cannot be used; empty if it can.");
 }
 
 }  // namespace spmoe

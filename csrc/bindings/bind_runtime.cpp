@@ -1,4 +1,3 @@
-#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +8,8 @@
 
 #include "base/error.hpp"
 #include "bindings/bind.hpp"
+#include "bindings/bound_store.hpp"
+#include "bindings/unlocked.hpp"
 #include "runtime/runtime.hpp"
 
 namespace py = pybind11;
@@ -111,19 +112,31 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+/// Lets other Python threads run while the last copies end. A forked child keeps the object: its
+/// threads are not there to be joined, and threads of the parent may hold its locks for good.
+struct RuntimeDeleter {
+  void operator()(Runtime* runtime) const noexcept {
+    if (!runtime->in_own_process()) return;
+    const Unlocked unlocked;
+    delete runtime;
+  }
+};
+using RuntimePtr = std::unique_ptr<Runtime, RuntimeDeleter>;
+
 }  // namespace
 
 void bind_runtime(py::module_& m) {
   m.def("prefetch_policy_names", &prefetch_policy_names);
   m.def("eviction_policy_names", &eviction_policy_names);
-  py::class_<Runtime>(m, "Runtime",
-                      "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
-      .def(py::init([](std::shared_ptr<ExpertStore> store, std::uint64_t expert_memory_bytes,
+  py::class_<Runtime, RuntimePtr>(
+      m, "Runtime", "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
+      .def(py::init([](const BoundStore& bound, std::uint64_t expert_memory_bytes,
                        std::uint32_t experts_per_token, std::string_view activation, float alpha,
                        float limit, unsigned compute_threads, unsigned copy_threads,
                        double link_gbps, std::string isa, std::string policy, std::string eviction,
                        std::size_t trace_spans, std::string device,
-                       std::uint64_t pinned_memory_bytes, FillProgress pinned_progress) {
+                       std::uint64_t pinned_memory_bytes, const py::object& pinned_progress) {
+             auto store = bound.get();
              RuntimeOptions options;
              options.expert_memory_bytes = expert_memory_bytes;
              options.experts_per_token = experts_per_token;
@@ -134,11 +147,15 @@ void bind_runtime(py::module_& m) {
              options.trace_spans = trace_spans;
              options.device = std::move(device);
              options.pinned_memory_bytes = pinned_memory_bytes;
-             options.pinned_progress = std::move(pinned_progress);
              options.link.copy_threads = copy_threads;
              options.link.link_gbps = link_gbps;
-             py::gil_scoped_release unlocked;
-             return std::make_unique<Runtime>(std::move(store), options);
+             Unlocked unlocked;
+             if (!pinned_progress.is_none()) {
+               options.pinned_progress = [&](std::uint64_t done_bytes, std::uint64_t total_bytes) {
+                 unlocked.with_gil([&] { pinned_progress(done_bytes, total_bytes); });
+               };
+             }
+             return RuntimePtr{new Runtime{std::move(store), options}};
            }),
            py::arg("store"), py::arg("expert_memory_bytes"), py::arg("experts_per_token"),
            py::arg("activation") = "silu", py::arg("alpha") = 1.702F, py::arg("limit") = 7.0F,
@@ -161,7 +178,7 @@ void bind_runtime(py::module_& m) {
                                  parse_dtype(weights_dtype),
                                  pointer<void>(out),
                                  consumer};
-            py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             runtime.forward(layer, args);
           },
           py::arg("layer"), py::arg("tokens"), py::arg("k"), py::arg("x"), py::arg("x_dtype"),
@@ -174,17 +191,17 @@ void bind_runtime(py::module_& m) {
           [](Runtime& runtime, std::uint16_t layer, const Scores& scores, std::string_view source) {
             const std::span values{scores.data(), static_cast<std::size_t>(scores.size())};
             const PredictionSource from = parse_source(source);
-            py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             runtime.predict(layer, values, from);
           },
           py::arg("layer"), py::arg("scores"), py::arg("source") = "draft",
           "Scores of the target's router, float32 [experts].")
-      .def("begin_request", &Runtime::begin_request, py::call_guard<py::gil_scoped_release>())
+      .def("begin_request", &Runtime::begin_request, py::call_guard<Unlocked>())
       .def(
           "set_limits",
           [](Runtime& runtime, std::uint16_t cutoff_layer, std::vector<std::uint64_t> budget_bytes,
              float break_even) {
-            py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             runtime.set_limits({.cutoff_layer = cutoff_layer,
                                 .budget_bytes = std::move(budget_bytes),
                                 .break_even = break_even});
@@ -231,13 +248,13 @@ void bind_runtime(py::module_& m) {
           [](Runtime& runtime, std::uint16_t layer, std::uintptr_t scores, std::string_view source,
              std::uintptr_t consumer) {
             const PredictionSource from = parse_source(source);
-            py::gil_scoped_release unlocked;
+            const Unlocked unlocked;
             runtime.predict(layer, pointer<const float>(scores), from, consumer);
           },
           py::arg("layer"), py::arg("scores"), py::arg("source"), py::arg("consumer"),
           "Router scores, float32 in device memory, made by work on the stream consumer.")
       .def("end_iteration", &Runtime::end_iteration, py::arg("accepted"),
-           py::call_guard<py::gil_scoped_release>())
+           py::call_guard<Unlocked>())
       .def(
           "inject",
           [](Runtime& runtime, std::uint64_t fail_at_copy, std::uint32_t delay_seed,
@@ -250,7 +267,7 @@ void bind_runtime(py::module_& m) {
           "stats",
           [](const Runtime& runtime, bool by_layer) { return to_dict(runtime.stats(), by_layer); },
           py::arg("by_layer") = true)
-      .def("close", &Runtime::close, py::call_guard<py::gil_scoped_release>());
+      .def("close", &Runtime::close, py::call_guard<Unlocked>());
 }
 
 }  // namespace spmoe

@@ -44,7 +44,8 @@ class ExpertFfn {
 
 /// The fastest host kernel that this processor runs, on `thread_count` threads (the caller's and
 /// `thread_count - 1` of its own; 0 means one a core). `isa` forces one by name for tests.
-/// @throws InvalidArgument if `isa` is unknown or this processor lacks it, or if a size is 0.
+/// @throws InvalidArgument if `isa` is unknown or this processor lacks it, if a size is 0, or if
+///         `thread_count` is over 1024.
 std::unique_ptr<ExpertFfn> make_host_expert_ffn(const BlobFormat& format,
                                                 ActivationParams activation, unsigned thread_count,
                                                 std::string_view isa = "auto");

@@ -15,6 +15,7 @@
 namespace spmoe {
 namespace {
 
+constexpr unsigned max_threads = 1024;
 constexpr std::size_t max_group_rows = 32;
 constexpr std::size_t max_chunk = 256;
 /// Chunks per thread and phase: enough that a thread which is held up gives its share away.
@@ -212,6 +213,10 @@ std::unique_ptr<ExpertFfn> make_host_expert_ffn(const BlobFormat& format,
   if (format.hidden == 0 || format.inter == 0) {
     throw InvalidArgument{"an expert of hidden " + std::to_string(format.hidden) + " and inter " +
                           std::to_string(format.inter) + " has no weights; both must be above 0"};
+  }
+  if (thread_count > max_threads) {
+    throw InvalidArgument{"compute_threads is " + std::to_string(thread_count) +
+                          "; give 0, which means one a core, to " + std::to_string(max_threads)};
   }
   if (thread_count == 0) thread_count = std::max(1U, std::thread::hardware_concurrency());
   return std::make_unique<HostExpertFfn>(format, activation, thread_count, find_kernel(isa));

@@ -17,6 +17,8 @@ namespace {
 // A copy of this size hides what it costs to hand it over, and is short beside a layer.
 constexpr std::uint64_t cuda_piece_bytes = std::uint64_t{16} << 20;
 
+constexpr int least_compute_capability = 8;  // what the kernels are compiled for, at least
+
 cudaStream_t as_stream(std::uintptr_t consumer) { return reinterpret_cast<cudaStream_t>(consumer); }
 
 class CudaDevice final : public Device {
@@ -84,6 +86,13 @@ class CudaDevice final : public Device {
   }
   void wait(Mark mark) override { marks_.wait(mark); }
 
+  std::string lost() const override {
+    const cudaError_t status = cuda::context_status(index_);
+    if (status == cudaSuccess) return {};
+    return name_ + " is lost to this process, for an error broke its CUDA context (" +
+           cuda::describe(status) + "): restart the process";
+  }
+
   LinkStats link_stats() const override { return pool_.stats(); }
   void inject(const LinkFaults& faults) override { pool_.inject(faults); }
 
@@ -96,6 +105,49 @@ class CudaDevice final : public Device {
   CopyPool pool_;
 };
 
+/// "13.0" of 13000.
+std::string cuda_version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+std::string describe_driver(const std::string& built) {
+  int driver = 0;
+  static_cast<void>(cudaDriverGetVersion(&driver));  // 0 without a driver
+  static_cast<void>(cudaGetLastError());
+  const std::string found =
+      driver == 0 ? "there is no CUDA driver here, and this spmoe needs one for CUDA " + built
+                  : "the driver here is for CUDA " + cuda_version(driver) +
+                        ", but this spmoe was built with CUDA " + built;
+  return found + "; install a driver for CUDA " + built +
+         " or newer, build spmoe with an older CUDA toolkit, or use device=\"host\"";
+}
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  SPMOE_CUDA_TRY(cudaDeviceGetAttribute(&value, which, index));
+  return value;
+}
+
+/// What a device lacks of what the kernels and their memory need; empty if nothing.
+std::string describe_lack(int index) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+  std::string lack;
+  if (major < least_compute_capability) {
+    lack = "has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+           ", but spmoe's kernels need " + std::to_string(least_compute_capability) +
+           ".0 (Ampere) or newer";
+  } else if (attribute(cudaDevAttrMemoryPoolsSupported, index) == 0) {
+    lack = "has no memory pools, which spmoe allocates from; its driver may have switched them off";
+  } else {
+    return {};
+  }
+  cudaDeviceProp properties{};
+  SPMOE_CUDA_TRY(cudaGetDeviceProperties(&properties, index));
+  return "cuda:" + std::to_string(index) + " (" + properties.name + ") " + lack +
+         "; use another device, or device=\"host\"";
+}
+
 }  // namespace
 
 CudaStatus cuda_status() {
@@ -106,23 +158,30 @@ CudaStatus cuda_status() {
   if (status == cudaSuccess || status == cudaErrorNoDevice) {
     return {0, "there is no CUDA device here; use device=\"host\""};
   }
-  const std::string version =
-      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  if (status == cudaErrorInsufficientDriver) {
-    return {0, "there is no CUDA driver, or one too old for CUDA " + version +
-                   ", which this spmoe was built with; install a newer one, or use "
-                   "device=\"host\""};
+  const std::string built = cuda_version(CUDART_VERSION);
+  if (status == cudaErrorInsufficientDriver) return {0, describe_driver(built)};
+  return {0, "CUDA " + built + " does not start: " + cuda::describe(status)};
+}
+
+std::string cuda_device_problem(int index) {
+  const CudaStatus status = cuda_status();
+  if (status.device_count == 0) return status.reason;
+  if (index < 0 || index >= status.device_count) {
+    return "cuda:" + std::to_string(index) + " asked, but there are " +
+           std::to_string(status.device_count) + " CUDA devices, from cuda:0";
   }
-  return {0, "CUDA " + version + " does not start: " + cuda::describe(status)};
+  try {
+    return describe_lack(index);
+  } catch (const DeviceError& error) {
+    return "cuda:" + std::to_string(index) + " does not answer: " + error.what() +
+           "; see what nvidia-smi says of it, or use device=\"host\"";
+  }
 }
 
 void require_cuda_device(int index) {
-  const CudaStatus status = cuda_status();
-  if (index >= 0 && index < status.device_count) return;
-  throw DeviceError{status.device_count == 0
-                        ? status.reason
-                        : "cuda:" + std::to_string(index) + " asked, but there are " +
-                              std::to_string(status.device_count) + " CUDA devices, from cuda:0"};
+  if (const std::string problem = cuda_device_problem(index); !problem.empty()) {
+    throw DeviceError{problem};
+  }
 }
 
 std::unique_ptr<Device> make_cuda_device(int index, const DeviceOptions& options) {

@@ -16,7 +16,11 @@ struct CudaStatus {
 /// Asks the driver, each time. Never throws: a machine without CUDA is an answer.
 [[nodiscard]] CudaStatus cuda_status();
 
-/// @throws DeviceError unless there is a CUDA device of that index; it says what there is.
+/// Why the device of that index cannot be used, and the cure; empty if it can. Asks for its compute
+/// capability and for the features that the backend needs; allocates nothing there. Never throws.
+[[nodiscard]] std::string cuda_device_problem(int index);
+
+/// @throws DeviceError with `cuda_device_problem` unless that is empty.
 void require_cuda_device(int index);
 
 /// The CUDA device of that index. Copies go over streams of its own: what rests in pinned memory

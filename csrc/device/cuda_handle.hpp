@@ -14,13 +14,29 @@ namespace spmoe::cuda {
   return std::string{cudaGetErrorName(status)} + " (" + cudaGetErrorString(status) + ")";
 }
 
-/// Throws `DeviceError` naming `call` unless `status` is success. Clears the sticky error first.
+/// Throws `DeviceError` naming `call` unless `status` is success. Clears the calling thread's last
+/// error first. Whether the device still works after it, `context_status` says.
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
   static_cast<void>(cudaGetLastError());
   throw DeviceError{std::string{call} + ": " + describe(status)};
 }
 #define SPMOE_CUDA_TRY(call) ::spmoe::cuda::check((call), #call)
+
+/// Success while this process can use a device. An error that broke its context for good, such as
+/// an illegal address or memory that failed, is returned by this and every later call. Waits for
+/// nothing, and leaves the calling thread's current device and last error clean.
+[[nodiscard]] inline cudaError_t context_status(int index) {
+  int before = 0;
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) {
+    status = cudaSetDevice(index);
+    if (status == cudaSuccess) status = cudaStreamQuery(nullptr);
+    static_cast<void>(cudaSetDevice(before));
+  }
+  static_cast<void>(cudaGetLastError());
+  return status == cudaErrorNotReady ? cudaSuccess : status;
+}
 
 /// Sole owner of one CUDA runtime handle. Move-only; an empty handle is null.
 template <class Handle, cudaError_t (*Destroy)(Handle)>

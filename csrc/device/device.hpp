@@ -97,6 +97,8 @@ struct LinkFaults {
 };
 
 struct DeviceOptions {
+  static constexpr unsigned max_copy_threads = 1024;
+  static constexpr double min_link_gbps = 1e-6;  ///< a kilobyte a second
   unsigned copy_threads = 2;
   /// Bytes copied by one call; a larger copy is cut, so that threads share it and a demand waits
   /// for one piece at most. 0: the device's own choice.
@@ -105,7 +107,8 @@ struct DeviceOptions {
   LinkFaults faults{};
 };
 
-/// @throws InvalidArgument if an option is zero or negative where it may not be.
+/// @throws InvalidArgument if there are no copy threads or too many, or if `link_gbps` is neither 0
+///         nor a number from `min_link_gbps`.
 void check(const DeviceOptions& options);
 
 /// Memory and streams of one processor. Thread-safe. Everything it creates must be destroyed
@@ -136,6 +139,10 @@ class Device {
 
   /// Blocks the calling thread until `mark` has passed. @throws DeviceError if work before failed.
   virtual void wait(Mark mark) = 0;
+
+  /// Why this process can never use the device again, and the cure; empty while it can. To be asked
+  /// after a failure; waits for nothing.
+  [[nodiscard]] virtual std::string lost() const = 0;
 
   [[nodiscard]] virtual LinkStats link_stats() const = 0;
 

@@ -78,6 +78,7 @@ class HostDevice final : public Device {
   }
   void wait(Mark) override {}
 
+  std::string lost() const override { return {}; }
   LinkStats link_stats() const override { return pool_.stats(); }
   void inject(const LinkFaults& faults) override { pool_.inject(faults); }
 

@@ -1,5 +1,7 @@
 #include "runtime/runtime.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -62,12 +64,14 @@ std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
 }  // namespace
 
 Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
-    : store_{std::move(store)},
+    : process_{::getpid()},
+      store_{std::move(store)},
       device_{make_device(options.device, options.link)},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
       prefetch_window_{prefetches_at_once(slot_stride_, slot_count_)},
       compute_{make_layer_compute(store_->format(), options)},
+      isa_{compute_->name()},
       rows_{store_->expert_count()},
       scheduler_{
           {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes(),
@@ -103,7 +107,14 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
 
 Runtime::~Runtime() { close(); }
 
+bool Runtime::in_own_process() const noexcept { return process_ == ::getpid(); }
+
 void Runtime::close() {
+  if (!in_own_process()) return;
+  {
+    const std::scoped_lock lock{mutex_};
+    closing_ = true;  // or callers in a loop could hold `call_mutex_` for ever between them
+  }
   const std::scoped_lock call{call_mutex_};
   std::unique_ptr<CopyLane> demand;
   std::unique_ptr<CopyLane> prefetch;
@@ -123,30 +134,57 @@ void Runtime::close() {
   } catch (const DeviceError&) {
     // Work on the slots failed, so it has ended: they may go.
   }
+  compute_.reset();
   index_.reset();
   pool_.reset();
   pinned_.reset();
+  store_.reset();
 }
 
 const ExpertStore& Runtime::blobs() const { return pinned_ == nullptr ? *store_ : *pinned_; }
 
-void Runtime::require_open(std::uint16_t layer) const {
-  if (demand_lane_ == nullptr) {
-    throw Error{"this Runtime is closed; make a new one"};
+void Runtime::require_own_process() const {
+  if (in_own_process()) return;
+  throw Error{"this Runtime belongs to process " + std::to_string(process_) +
+              ", and this is a fork of it, process " + std::to_string(::getpid()) +
+              ", without its threads: load after the fork, or start workers by the method "
+              "\"spawn\" of multiprocessing"};
+}
+
+std::unique_lock<std::mutex> Runtime::lock_open() const {
+  require_own_process();
+  std::unique_lock lock{mutex_};
+  if (closing_) throw Error{"this Runtime is closed; make a new one"};
+  if (!lost_.empty()) throw DeviceError{lost_};
+  return lock;
+}
+
+void Runtime::require_layer(std::uint16_t layer) const {
+  if (layer < store_->layer_count()) return;
+  throw InvalidArgument{"layer " + std::to_string(layer) +
+                        " asked, but the store has MoE layers 0 to " +
+                        std::to_string(store_->layer_count() - 1)};
+}
+
+const std::string& Runtime::note_loss() {
+  if (lost_.empty()) lost_ = device_->lost();
+  return lost_;
+}
+
+void Runtime::rethrow(const DeviceError& failure) {
+  const std::string message = failure.what();
+  const std::scoped_lock lock{mutex_};
+  if (const std::string& loss = note_loss(); !loss.empty() && !message.ends_with(loss)) {
+    throw DeviceError{message + "; " + loss};
   }
-  if (layer >= store_->layer_count()) {
-    throw InvalidArgument{"layer " + std::to_string(layer) +
-                          " asked, but the store has MoE layers 0 to " +
-                          std::to_string(store_->layer_count() - 1)};
-  }
+  throw;
 }
 
 std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slot * slot_stride_; }
 
 void Runtime::begin_request() {
+  auto lock = lock_open();
   store_->check_unchanged();
-  std::unique_lock lock{mutex_};
-  require_open(0);
   landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
   spoiled_.clear();  // of the request before
   ++epoch_;
@@ -155,8 +193,8 @@ void Runtime::begin_request() {
 }
 
 void Runtime::predict(std::uint16_t layer, std::span<const float> scores, PredictionSource source) {
-  const std::scoped_lock lock{mutex_};
-  require_open(layer);
+  const auto lock = lock_open();
+  require_layer(layer);
   if (scores.size() != store_->expert_count()) {
     throw InvalidArgument{std::to_string(scores.size()) + " scores given, but a layer has " +
                           std::to_string(store_->expert_count()) + " experts"};
@@ -170,12 +208,16 @@ void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource
   std::shared_ptr<ScoreMailbox> mailbox;
   std::uint64_t epoch = 0;
   {
-    const std::scoped_lock lock{mutex_};
-    require_open(layer);
+    const auto lock = lock_open();
+    require_layer(layer);
     mailbox = mailbox_;
     epoch = epoch_;
   }
-  if (mailbox->send({layer, source, epoch}, scores, consumer)) return;
+  try {
+    if (mailbox->send({layer, source, epoch}, scores, consumer)) return;
+  } catch (const DeviceError& failure) {
+    rethrow(failure);
+  }
   const std::scoped_lock lock{mutex_};
   ++dropped_predictions_;
 }
@@ -191,8 +233,7 @@ void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const floa
 }
 
 void Runtime::set_limits(const PrefetchLimits& limits) {
-  const std::scoped_lock lock{mutex_};
-  require_open(0);
+  const auto lock = lock_open();
   if (!limits.budget_bytes.empty() && limits.budget_bytes.size() != store_->layer_count()) {
     throw InvalidArgument{"budgets for " + std::to_string(limits.budget_bytes.size()) +
                           " layers given, but the store has " +
@@ -202,34 +243,33 @@ void Runtime::set_limits(const PrefetchLimits& limits) {
 }
 
 void Runtime::record_routing(bool on) {
-  const std::scoped_lock lock{mutex_};
+  const auto lock = lock_open();
   scheduler_.record(on);
 }
 
 RoutingTrace Runtime::recorded_routing() const {
-  const std::scoped_lock lock{mutex_};
+  const auto lock = lock_open();
   return scheduler_.recorded();
 }
 
 void Runtime::replay_routing(RoutingTrace trace) {
-  const std::scoped_lock lock{mutex_};
+  const auto lock = lock_open();
   scheduler_.replay(std::move(trace));
 }
 
 std::vector<Span> Runtime::spans() const {
-  const std::scoped_lock lock{mutex_};
+  const auto lock = lock_open();
   return trace_.spans();
 }
 
 std::vector<UseForecast::Bucket> Runtime::calibration() const {
-  const std::scoped_lock lock{mutex_};
+  const auto lock = lock_open();
   const auto buckets = scheduler_.forecast().calibration();
   return {buckets.begin(), buckets.end()};
 }
 
 void Runtime::end_iteration(std::uint32_t accepted) {
-  std::unique_lock lock{mutex_};
-  require_open(0);
+  auto lock = lock_open();
   landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
   throw_failure(spoiled_);
   ++iterations_;
@@ -240,12 +280,12 @@ void Runtime::end_iteration(std::uint32_t accepted) {
 }
 
 void Runtime::inject(const LinkFaults& faults) {
-  const std::scoped_lock lock{mutex_};
-  require_open(0);
+  const auto lock = lock_open();
   device_->inject(faults);
 }
 
 RuntimeStats Runtime::stats() const {
+  require_own_process();
   const std::scoped_lock lock{mutex_};
   RuntimeStats stats;
   stats.layers.assign(scheduler_.stats().begin(), scheduler_.stats().end());
@@ -257,7 +297,7 @@ RuntimeStats Runtime::stats() const {
   stats.resident_count = scheduler_.resident_count();
   stats.iterations = iterations_;
   stats.accepted = accepted_;
-  stats.isa = compute_->name();
+  stats.isa = isa_;
   stats.policy = scheduler_.prefetch_name();
   stats.eviction = scheduler_.eviction_name();
   stats.queue_depth = scheduler_.queue_depth();

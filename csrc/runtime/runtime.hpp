@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/error.hpp"
 #include "base/stats.hpp"
 #include "base/trace.hpp"
 #include "compute/layer_compute.hpp"
@@ -59,7 +62,9 @@ struct RuntimeStats {
 /// Runs the routed experts of a model whose blobs rest in a store, in a fixed pool of slots.
 /// Owns the device, the slots, the scheduler and the copy workers. Thread-safe: calls of `forward`
 /// take turns, everything else only takes a short lock. Open until `close`; every call but `stats`
-/// then throws Error.
+/// then throws Error. Belongs to the process that made it: in a forked child, which has none of its
+/// threads, every call but `close` throws Error, and it must not be destroyed. Lost once the device
+/// has failed for good; every call but `stats` and `close` then throws DeviceError.
 class Runtime {
  public:
   /// Allocates all slots.
@@ -69,6 +74,9 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
   ~Runtime();
+
+  /// Whether this is the process that made it.
+  [[nodiscard]] bool in_own_process() const noexcept;
 
   /// out[t] = sum over k of top_k_weights[t, k] * expert(top_k_index[t, k])(x[t]), in fp32, in the
   /// order of k, so that the bits do not depend on residency. Fetches what is missing. Blocks; on
@@ -118,11 +126,22 @@ class Runtime {
 
   [[nodiscard]] RuntimeStats stats() const;
 
-  /// Ends the copies under way and gives the slots back. May be called twice.
+  /// Refuses calls from now on, waits for the running `forward`, ends the copies under way, and
+  /// gives back all threads, memory and the store. May be called twice. Does nothing in a forked
+  /// child.
   void close();
 
  private:
-  void require_open(std::uint16_t layer) const;
+  /// Locks `mutex_`. @throws Error, without waiting for anything, in a forked child; Error once
+  /// closed; DeviceError once lost.
+  [[nodiscard]] std::unique_lock<std::mutex> lock_open() const;
+  void require_own_process() const;
+  void require_layer(std::uint16_t layer) const;
+  /// Throws `failure`, which is being handled, on, with the cure if the device is lost.
+  [[noreturn]] void rethrow(const DeviceError& failure);
+  /// Asks the device after a failure whether it is lost. Returns `lost_`.
+  const std::string& note_loss();
+  void run_layer(std::uint16_t layer, const LayerArgs& args);
   [[nodiscard]] const ExpertStore& blobs() const;
   void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
   [[nodiscard]] std::span<const std::int64_t> fetch_index(std::uint16_t layer,
@@ -137,15 +156,17 @@ class Runtime {
   void on_notice(const CopyLane::FillNotice& notice);
   [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
 
-  const std::shared_ptr<const ExpertStore> store_;
+  const pid_t process_;
+  std::shared_ptr<const ExpertStore> store_;  // until `close`, as `pinned_`
   const std::unique_ptr<Device> device_;
   std::unique_ptr<PinnedStore> pinned_;  // none if nothing is to be pinned
   const std::uint64_t slot_stride_;
   const SlotIndex slot_count_;
   const std::size_t prefetch_window_;  // prefetches on the link at a time
 
-  std::mutex call_mutex_;  // one forward at a time; guards the next five
-  std::unique_ptr<LayerCompute> compute_;
+  std::mutex call_mutex_;                  // one forward at a time; guards the next six
+  std::unique_ptr<LayerCompute> compute_;  // until `close`
+  const std::string isa_;
   RoutedRows rows_;
   std::unique_ptr<PinnedBuffer> index_;  // what the router chose
   std::vector<ExpertTask> tasks_;
@@ -153,6 +174,8 @@ class Runtime {
 
   mutable std::mutex mutex_;  // guards all below; never held while bytes move
   std::condition_variable landed_;
+  bool closing_ = false;
+  std::string lost_;  // why the device is lost; empty while it is not
   Scheduler scheduler_;
   std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
   TraceRing trace_;

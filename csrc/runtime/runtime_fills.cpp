@@ -63,9 +63,10 @@ void Runtime::on_notice(const CopyLane::FillNotice& notice) {
     scheduler_.withdrawn(fill.slot, batch.bytes_moved);
   } else if (const Spoiled spoiled = scheduler_.failed(fill.slot, batch.bytes_moved);
              spoiled != Spoiled::nothing) {
+    const std::string& loss = note_loss();
     (spoiled == Spoiled::need ? need_failure_ : spoiled_) =
-        "could not fill " + store_->describe(fill.expert) + ": " + batch.error +
-        "; the request fails, the next one reads it again";
+        "could not fill " + store_->describe(fill.expert) + ": " + batch.error + "; " +
+        (loss.empty() ? "the request fails, the next one reads it again" : loss);
   }
   start_fills();
   trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,

@@ -15,8 +15,20 @@ constexpr std::size_t launch_rows = 32;
 }  // namespace
 
 void Runtime::forward(std::uint16_t layer, const LayerArgs& args) {
+  require_own_process();
   const std::scoped_lock call{call_mutex_};  // `close` takes it too, so what is open stays open
-  require_open(layer);
+  {
+    const auto open = lock_open();
+    require_layer(layer);
+  }
+  try {
+    run_layer(layer, args);
+  } catch (const DeviceError& failure) {
+    rethrow(failure);
+  }
+}
+
+void Runtime::run_layer(std::uint16_t layer, const LayerArgs& args) {
   rows_.assign(fetch_index(layer, args), args.k);
   compute_->begin(args);
 

@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_status', 'eviction_policy_names', 'prefetch_policy_names']
+__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'eviction_policy_names', 'prefetch_policy_names']
 class Error(Exception):
     pass
 class InvalidArgument(Error, ValueError):
@@ -21,7 +21,7 @@ class CheckpointChanged(CheckpointError, DeviceError):
     pass
 class ExpertStore:
     """
-    Where the blobs of a model's routed experts rest. Immutable.
+    Where the blobs of a model's routed experts rest. Its sizes stay known once it is closed.
     """
     def __init__(self, files: collections.abc.Sequence[str], layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], interleaved: bool = False, names: collections.abc.Mapping[str, str] = {}) -> None:
         """
@@ -44,6 +44,28 @@ class ExpertStore:
 
         Raises:
             CheckpointChanged: A shard was written to.
+            Error: The store is closed.
+        """
+    def close(self) -> None:
+        """
+        Close the files, unless runtimes over them are open: then the last of these does.
+
+        May be called twice. No runtime can be opened over a closed store.
+        """
+    def find_nonfinite(self, layer: typing.SupportsInt | typing.SupportsIndex | None = None, budget_s: typing.SupportsFloat | typing.SupportsIndex = 1.0) -> tuple[int, int, str] | None:
+        """
+        Look in the files for an expert with a weight that is infinite or not a number.
+
+        Args:
+            layer: MoE layer, 0-based; None means all, from the first.
+            budget_s: Seconds after which the search ends without a result.
+
+        Returns:
+            Layer, expert, and a description that names the file, of the first one; or None.
+
+        Raises:
+            InvalidArgument: There is no such layer.
+            Error: The store is closed.
         """
     @property
     def blob_bytes(self) -> int:
@@ -73,7 +95,7 @@ class Runtime:
     """
     The native runtime; see `spmoe.Runtime`, which checks its arguments.
     """
-    def __init__(self, store: ExpertStore, expert_memory_bytes: typing.SupportsInt | typing.SupportsIndex, experts_per_token: typing.SupportsInt | typing.SupportsIndex, activation: str = 'silu', alpha: typing.SupportsFloat | typing.SupportsIndex = 1.7020000219345093, limit: typing.SupportsFloat | typing.SupportsIndex = 7.0, compute_threads: typing.SupportsInt | typing.SupportsIndex = 0, copy_threads: typing.SupportsInt | typing.SupportsIndex = 2, link_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0, isa: str = 'auto', policy: str = 'on-demand', eviction: str = 'auto', trace_spans: typing.SupportsInt | typing.SupportsIndex = 0, device: str = 'host', pinned_memory_bytes: typing.SupportsInt | typing.SupportsIndex = 0, pinned_progress: collections.abc.Callable[[int, int], None] = None) -> None:
+    def __init__(self, store: ExpertStore, expert_memory_bytes: typing.SupportsInt | typing.SupportsIndex, experts_per_token: typing.SupportsInt | typing.SupportsIndex, activation: str = 'silu', alpha: typing.SupportsFloat | typing.SupportsIndex = 1.7020000219345093, limit: typing.SupportsFloat | typing.SupportsIndex = 7.0, compute_threads: typing.SupportsInt | typing.SupportsIndex = 0, copy_threads: typing.SupportsInt | typing.SupportsIndex = 2, link_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0, isa: str = 'auto', policy: str = 'on-demand', eviction: str = 'auto', trace_spans: typing.SupportsInt | typing.SupportsIndex = 0, device: str = 'host', pinned_memory_bytes: typing.SupportsInt | typing.SupportsIndex = 0, pinned_progress: typing.Any = None) -> None:
         ...
     def begin_request(self) -> None:
         ...
@@ -115,6 +137,10 @@ class Runtime:
         """
     def stats(self, by_layer: bool = True) -> dict:
         ...
+def cuda_device_problem(index: typing.SupportsInt | typing.SupportsIndex) -> str:
+    """
+    Why the CUDA device of an index cannot be used; empty if it can.
+    """
 def cuda_status() -> tuple[int, str]:
     """
     How many CUDA devices there are, and if none, why.

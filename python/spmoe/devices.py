@@ -24,7 +24,13 @@ def cuda_status() -> tuple[int, str]:
             f"torch {torch.__version__} cannot use CUDA; install a torch that is built for it, or "
             'use device="host"'
         )
+    if count and _first_usable(count) is None:
+        return 0, _core.cuda_device_problem(0)
     return count, reason
+
+
+def _first_usable(count: int) -> int | None:
+    return next((i for i in range(count) if not _core.cuda_device_problem(i)), None)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,8 +39,8 @@ def resolve_device(name: str) -> torch.device:
     "auto" warns where it falls back to the host beside a GPU.
 
     Args:
-        name: "auto": the first CUDA device, the host without one; "host" or "cpu"; "cuda"; or
-            "cuda:<index>".
+        name: "auto" or "cuda": the first CUDA device that spmoe can use, and for "auto" the host
+            without one; "host" or "cpu"; or "cuda:<index>".
 
     Raises:
         InvalidArgument: It is none of these.
@@ -42,7 +48,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name in ("host", "cpu"):
         return torch.device("cpu")
-    match = re.fullmatch(r"auto|cuda(?::([0-9]+))?", name)
+    match = re.fullmatch(r"auto|cuda(?::([0-9]+))?", name) if isinstance(name, str) else None
     if match is None:
         raise InvalidArgument(f'device "{name}" is not one of auto, host, cuda, cuda:<index>')
     count, reason = cuda_status()
@@ -54,12 +60,13 @@ def resolve_device(name: str) -> torch.device:
                 reason.removesuffix('; use device="host"'),
             )
         return torch.device("cpu")
-    index = int(match[1] or 0)
-    if index >= count:
-        raise DeviceError(
-            f'device "{name}" asked: '
-            + (reason or f"the CUDA devices here are cuda:0 to cuda:{count - 1}")
-        )
+    index = int(match[1]) if match[1] else _first_usable(count)
+    if index is None or index >= count:
+        problem = reason or f"the CUDA devices here are cuda:0 to cuda:{count - 1}"
+    else:
+        problem = _core.cuda_device_problem(index)
+    if problem or index is None:
+        raise DeviceError(f'device "{name}" asked: {problem}')
     return torch.device("cuda", index)
 
 

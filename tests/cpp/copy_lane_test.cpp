@@ -58,6 +58,7 @@ class RejectingDevice final : public Device {
     return 0;
   }
   void wait(Mark) override {}
+  std::string lost() const override { return {}; }
   LinkStats link_stats() const override { return {}; }
   void inject(const LinkFaults&) override {}
 };

@@ -39,10 +39,14 @@ TEST(HostDevice, refuses_options_that_make_no_link) {
   const auto message = [](const DeviceOptions& options) {
     return message_of<InvalidArgument>([&] { static_cast<void>(make_host_device(options)); });
   };
-  const std::string wanted = "copy_threads must be at least 1 and link_gbps at least 0, got ";
-  EXPECT_EQ(message({.copy_threads = 0}), wanted + "0 and 0.000000");
-  EXPECT_EQ(message({.link_gbps = -1}), wanted + "2 and -1.000000");
-  EXPECT_EQ(message({.link_gbps = std::nan("")}), wanted + "2 and nan");
+  EXPECT_EQ(message({.copy_threads = 0}), "copy_threads is 0; give 1 to 1024");
+  EXPECT_EQ(message({.copy_threads = 1025}), "copy_threads is 1025; give 1 to 1024");
+  const std::string cure =
+      "; give 0 for a link that is not paced, or at least 1e-06 (10^9 bytes a second)";
+  EXPECT_EQ(message({.link_gbps = -1}), "link_gbps is -1" + cure);
+  EXPECT_EQ(message({.link_gbps = 1e-300}), "link_gbps is 1e-300" + cure);
+  EXPECT_EQ(message({.link_gbps = HUGE_VAL}), "link_gbps is inf" + cure);
+  EXPECT_EQ(message({.link_gbps = std::nan("")}), "link_gbps is nan" + cure);
 }
 
 TEST(HostDevice, faults_can_be_planted_later_and_count_from_then) {

@@ -1,6 +1,8 @@
 #include "runtime/runtime.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -529,7 +531,69 @@ TEST(Runtime, may_be_closed_twice_and_then_answers_only_stats) {
   EXPECT_EQ(message_of<Error>([&] { runtime.predict(0, scores); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.end_iteration(0); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.inject({}); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.begin_request(); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.set_limits({}); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.record_routing(true); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { static_cast<void>(runtime.recorded_routing()); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { runtime.replay_routing({layer_count, expert_count}); }),
+            closed);
+  EXPECT_EQ(message_of<Error>([&] { static_cast<void>(runtime.spans()); }), closed);
+  EXPECT_EQ(message_of<Error>([&] { static_cast<void>(runtime.calibration()); }), closed);
   EXPECT_GE(moved(total(runtime)), bytes);
+}
+
+TEST(Runtime, gives_its_store_back_when_it_is_closed) {
+  const auto own = std::make_shared<const FakeStore>(format, layer_count, expert_count);
+  Runtime runtime{own, options(4)};
+  EXPECT_GT(own.use_count(), 1);
+  runtime.close();
+  EXPECT_EQ(own.use_count(), 1);
+}
+
+/// How a child of this process ends that calls `act`: its exit status, or minus its signal.
+template <class Act>
+int status_of_child(Act act) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(30);
+    ::_exit(act());
+  }
+  int status = 0;
+  EXPECT_EQ(::waitpid(child, &status, 0), child);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+TEST(Runtime, answers_a_forked_child_at_once_whatever_its_threads_did_at_the_fork) {
+  RuntimeOptions slow = options(4);
+  slow.compute_threads = 2;
+  slow.link.link_gbps = 1e-4;
+  Runtime runtime{store(), slow};
+  std::mt19937 random{33};
+  const LayerCall call = prefill(random)[0];  // 184 ms on that link
+  std::thread caller{[&] { forward(runtime, call); }};
+  while (runtime.stats().link.busy_s == 0) std::this_thread::yield();
+  for (const bool in_a_call : {true, false}) {
+    EXPECT_EQ(status_of_child([&] {
+                const std::vector<float> scores(expert_count);
+                const std::string cure = "load after the fork, or start workers by the method";
+                int refused = 0;
+                const auto refuses = [&](auto act) {
+                  refused += message_of<Error>(act).find(cure) != std::string::npos ? 1 : 0;
+                };
+                refuses([&] { forward(runtime, call); });
+                refuses([&] { runtime.begin_request(); });
+                refuses([&] { runtime.end_iteration(0); });
+                refuses([&] { runtime.predict(0, scores); });
+                refuses([&] { static_cast<void>(runtime.spans()); });
+                refuses([&] { static_cast<void>(runtime.stats()); });
+                runtime.close();
+                refuses([&] { runtime.begin_request(); });
+                return refused;
+              }),
+              7);
+    if (in_a_call) caller.join();
+  }
+  EXPECT_NO_THROW(forward(runtime, call));
 }
 
 TEST(Runtime, may_go_while_copies_are_under_way) {

@@ -13,8 +13,13 @@ from spmoe.config import parse_pinned_memory
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "cuda_status", lambda: (2, ""))
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two devices; the list says what is wrong with each, at first nothing."""
+    problems = ["", ""]
+    monkeypatch.setattr(devices._core, "cuda_status", lambda: (2, ""))
+    monkeypatch.setattr(devices._core, "cuda_device_problem", lambda index: problems[index])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return problems
 
 
 @pytest.fixture
@@ -30,10 +35,27 @@ def test_the_host_needs_no_cuda(no_gpu: None, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
 )
-def test_cuda_has_an_index(two_gpus: None, name: str, index: int) -> None:
+def test_cuda_has_an_index(two_gpus: list[str], name: str, index: int) -> None:
     device = devices.resolve_device(name)
     assert device == torch.device("cuda", index)
     assert devices.native_name(device) == f"cuda:{index}"
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_card_that_spmoe_cannot_use_is_passed_over(two_gpus: list[str], name: str) -> None:
+    two_gpus[0] = "cuda:0 (Old) has compute capability 7.5"
+    assert devices.cuda_status() == (2, "")
+    assert devices.resolve_device(name) == torch.device("cuda", 1)
+    with pytest.raises(spmoe.DeviceError, match=r'"cuda:0" asked: cuda:0 \(Old\) has compute'):
+        devices.resolve_device("cuda:0")
+
+
+def test_cards_none_of_which_can_be_used_are_none(two_gpus: list[str]) -> None:
+    two_gpus[:] = ["cuda:0 (Old) is old", "cuda:1 (Old) is old"]
+    assert devices.cuda_status() == (0, "cuda:0 (Old) is old")
+    assert devices.resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(spmoe.DeviceError, match=r'"cuda" asked: cuda:0 \(Old\) is old'):
+        devices.resolve_device("cuda")
 
 
 def test_auto_is_the_host_without_cuda(no_gpu: None) -> None:
@@ -71,7 +93,7 @@ def test_cuda_that_cannot_be_used_is_refused_with_the_reason(no_gpu: None) -> No
         devices.resolve_device("cuda")
 
 
-def test_an_index_past_the_last_is_refused(two_gpus: None) -> None:
+def test_an_index_past_the_last_is_refused(two_gpus: list[str]) -> None:
     with pytest.raises(spmoe.DeviceError, match="the CUDA devices here are cuda:0 to cuda:1"):
         devices.resolve_device("cuda:2")
 

@@ -399,6 +399,63 @@ TEST(CudaRuntime, a_launch_that_fails_fails_one_request) {
             "launch of an expert kernel: cudaErrorLaunchFailure (cudaErrorLaunchFailure)");
 }
 
+TEST(CudaRuntime, says_that_the_process_must_be_restarted_once_its_context_is_broken) {
+  const std::string cure =
+      "cuda:0 is lost to this process, for an error broke its CUDA context "
+      "(cudaErrorIllegalAddress (cudaErrorIllegalAddress)): restart the process";
+  for (const std::uint64_t nth : {1U, 40U, 150U, 180U}) {
+    SCOPED_TRACE(::testing::Message() << "copy " << nth);
+    Session session;
+    std::mt19937 random{60};
+    const LayerCall call = prefill(random)[0];  // all experts, which do not fit
+    const DeviceArray x{call.x};
+    const DeviceArray index{call.index};
+    const DeviceArray weights{call.weights};
+    const DeviceArray out{call.x};
+    Runtime runtime{store(), cuda_options(6, all_pinned)};
+    session.lose_context_at_copy(nth, cudaErrorIllegalAddress);
+    const auto forward_once = [&] {
+      runtime.forward(0, {.tokens = call.tokens,
+                          .k = call.k,
+                          .x = x.as<float>(),
+                          .top_k_index = index.as<std::int64_t>(),
+                          .top_k_weights = weights.as<float>(),
+                          .out = out.as<float>()});
+    };
+    const std::string message = message_of<DeviceError>([&] {
+      for (int pass = 0; pass < 100; ++pass) {
+        forward_once();
+        runtime.end_iteration(1);
+      }
+    });
+    EXPECT_TRUE(message.ends_with(cure)) << message;
+    EXPECT_EQ(message.find("the next one reads it again"), std::string::npos) << message;
+    // From now on at once, whatever is asked.
+    const auto copies = session.calls("cudaMemcpyAsync");
+    const std::vector<float> scores(expert_count);
+    EXPECT_EQ(message_of<DeviceError>(forward_once), cure);
+    EXPECT_EQ(message_of<DeviceError>([&] { runtime.begin_request(); }), cure);
+    EXPECT_EQ(message_of<DeviceError>([&] { static_cast<void>(runtime.spans()); }), cure);
+    EXPECT_EQ(message_of<DeviceError>([&] { runtime.predict(0, scores); }), cure);
+    EXPECT_EQ(message_of<DeviceError>([&] { runtime.end_iteration(0); }), cure);
+    EXPECT_EQ(session.calls("cudaMemcpyAsync"), copies);
+    EXPECT_EQ(runtime.stats().device, "cuda:0");
+  }
+}
+
+TEST(CudaRuntime, gives_all_device_memory_back_when_it_is_closed) {
+  const Session session;
+  Caller caller;
+  Runtime runtime{store(), cuda_options(6, all_pinned)};
+  for (const LayerCall& call : conversation(62)) caller.forward(runtime, call);
+  expect_same_bits(caller.results(), 62);
+  runtime.close();
+  std::size_t free_bytes = 0;
+  std::size_t total_bytes = 0;
+  SPMOE_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
+  EXPECT_EQ(free_bytes, total_bytes);
+}
+
 // What the fake is for: each wait of the backend, left out, is noticed.
 
 struct Mutation {

@@ -77,6 +77,9 @@ struct State {
   std::map<Session::Wait, std::function<bool(cudaStream_t)>> forgotten;
   std::uint64_t copies = 0;
   std::uint64_t failing_copy = 0;
+  std::uint64_t losing_copy = 0;
+  cudaError_t losing_error = cudaSuccess;
+  cudaError_t lost = cudaSuccess;  // what every call returns, once the context is broken
   std::map<const std::byte*, std::size_t> device_memory;
   std::map<const std::byte*, std::size_t> pinned_memory;
   std::set<cudaEvent_t> events;
@@ -106,6 +109,10 @@ bool forgotten(Session::Wait wait, cudaStream_t stream) {
 bool intercepted(std::string_view function, cudaError_t& planted) {
   const auto name = std::string{function};
   const std::uint64_t nth = ++state->calls[name];
+  if (state->lost != cudaSuccess) {
+    planted = state->lost;
+    return true;
+  }
   const auto plants = state->planted.find(function);
   if (plants == state->planted.end()) return false;
   const auto found = plants->second.find(nth);
@@ -203,14 +210,17 @@ cudaError_t copy(void* dst, const void* src, std::size_t bytes, cudaStream_t han
     state->violations.emplace_back("a copy that is not between device and page-locked memory");
     return cudaErrorInvalidValue;
   }
-  const bool fails = to_device && ++state->copies == state->failing_copy;
+  if (to_device) ++state->copies;
+  const bool loses = to_device && state->copies == state->losing_copy;
+  const bool fails = to_device && state->copies == state->failing_copy;
   CUstream_st& stream = actual(handle);
   enqueue(stream, [=, wait = delay(), &stream](std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     std::this_thread::sleep_for(wait);
-    if (!fails) std::memcpy(dst, src, bytes);
+    if (!fails && !loses) std::memcpy(dst, src, bytes);
     lock.lock();
     if (fails) stream.status = cudaErrorUnknown;
+    if (loses) stream.status = state->lost = state->losing_error;
   });
   const auto* device = static_cast<const std::byte*>(to_device ? dst : src);
   note_access(stream, {device, bytes}, to_device);
@@ -246,6 +256,25 @@ void wait_until_idle(std::unique_lock<std::mutex>& lock, const CUstream_st& stre
   merge(state->host, stream.clock);
 }
 
+void wait_until_all_idle(std::unique_lock<std::mutex>& lock) {
+  const auto idle = [](const CUstream_st& stream) { return stream.work.empty() && !stream.busy; };
+  state->changed.wait(lock, [&] {
+    return std::ranges::all_of(state->streams,
+                               [&](cudaStream_t stream) { return idle(*stream); }) &&
+           std::ranges::all_of(state->default_streams,
+                               [&](const auto& of_device) { return idle(*of_device.second); });
+  });
+}
+
+/// Counts a call that gives something back. It does so in a broken context too, where nothing
+/// waits by itself any more, and returns what such a context returns.
+cudaError_t giving_back(std::string_view function, std::unique_lock<std::mutex>& lock) {
+  cudaError_t planted{};
+  if (!intercepted(function, planted)) return cudaSuccess;
+  if (state->lost != cudaSuccess) wait_until_all_idle(lock);
+  return planted;
+}
+
 }  // namespace
 
 Session::Session(const Settings& settings) {
@@ -275,18 +304,18 @@ void Session::forget(Wait wait, std::function<bool(cudaStream_t)> which) {
 void Session::remember() {
   std::unique_lock lock{state->mutex};
   state->forgotten.clear();
-  const auto idle = [](const CUstream_st& stream) { return stream.work.empty() && !stream.busy; };
-  state->changed.wait(lock, [&] {
-    return std::ranges::all_of(state->streams,
-                               [&](cudaStream_t stream) { return idle(*stream); }) &&
-           std::ranges::all_of(state->default_streams,
-                               [&](const auto& of_device) { return idle(*of_device.second); });
-  });
+  wait_until_all_idle(lock);
 }
 
 void Session::fail_copy_on_its_way(std::uint64_t nth) {
   const std::scoped_lock lock{state->mutex};
   state->failing_copy = state->copies + nth;
+}
+
+void Session::lose_context_at_copy(std::uint64_t nth, cudaError_t error) {
+  const std::scoped_lock lock{state->mutex};
+  state->losing_copy = state->copies + nth;
+  state->losing_error = error;
 }
 
 std::uint64_t Session::calls(std::string_view function) const {
@@ -347,6 +376,30 @@ cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  SPMOE_FAKE_CALL();
+  if (device < 0 || device >= state->settings.device_count) return result(cudaErrorInvalidDevice);
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = state->settings.compute_capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = state->settings.compute_capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMemoryPoolsSupported:
+      *value = state->settings.memory_pools ? 1 : 0;
+      return cudaSuccess;
+  }
+  return result(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  SPMOE_FAKE_CALL();
+  if (device < 0 || device >= state->settings.device_count) return result(cudaErrorInvalidDevice);
+  std::strncpy(properties->name, "Fake GPU", sizeof properties->name);
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   SPMOE_FAKE_CALL();
   *device = current_device;
@@ -380,8 +433,10 @@ cudaError_t cudaMalloc(void** data, std::size_t bytes) {
 }
 
 cudaError_t cudaFree(void* data) {
-  SPMOE_FAKE_CALL();
-  return result(release(data, state->device_memory));
+  std::unique_lock lock{state->mutex};
+  const cudaError_t planted = giving_back(__func__, lock);
+  const cudaError_t released = release(data, state->device_memory);
+  return result(planted != cudaSuccess ? planted : released);
 }
 
 cudaError_t cudaMallocAsync(void** data, std::size_t bytes, cudaStream_t handle) {
@@ -425,8 +480,10 @@ cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
 }
 
 cudaError_t cudaFreeHost(void* data) {
-  SPMOE_FAKE_CALL();
-  return result(release(data, state->pinned_memory));
+  std::unique_lock lock{state->mutex};
+  const cudaError_t planted = giving_back(__func__, lock);
+  const cudaError_t released = release(data, state->pinned_memory);
+  return result(planted != cudaSuccess ? planted : released);
 }
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
@@ -439,13 +496,21 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  cudaError_t planted = cudaSuccess;
   {
-    SPMOE_FAKE_CALL();
+    std::unique_lock lock{state->mutex};
+    planted = giving_back(__func__, lock);
     if (state->streams.erase(stream) == 0) return result(cudaErrorInvalidValue);
   }
   end(*stream);
   delete stream;
-  return cudaSuccess;
+  return result(planted);
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  SPMOE_FAKE_CALL();
+  const CUstream_st& of = actual(stream);
+  return result(of.work.empty() && !of.busy ? cudaSuccess : cudaErrorNotReady);
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -477,10 +542,11 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  SPMOE_FAKE_CALL();
+  std::unique_lock lock{state->mutex};
+  const cudaError_t planted = giving_back(__func__, lock);
   if (state->events.erase(event) == 0) return result(cudaErrorInvalidValue);
   delete event;
-  return cudaSuccess;
+  return result(planted);
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
@@ -517,7 +583,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   }
   state->changed.wait(lock, [&] { return recording->passed; });
   merge(state->host, recording->clock);
-  return result(recording->status);
+  return result(state->lost != cudaSuccess ? state->lost : recording->status);
 }
 
 cudaError_t cudaMemcpyAsync(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind,
@@ -554,6 +620,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorNotReady: return "cudaErrorNotReady";
+    case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
     case cudaErrorUnknown: return "cudaErrorUnknown";
   }

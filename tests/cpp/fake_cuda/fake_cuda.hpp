@@ -17,6 +17,8 @@ namespace spmoe::fake_cuda {
 struct Settings {
   int device_count = 1;
   int driver_version = 13000;
+  int compute_capability = 90;
+  bool memory_pools = true;
   std::size_t memory_bytes = std::size_t{1} << 30;  ///< of the device
   std::size_t pinned_bytes = std::size_t{1} << 30;  ///< that can be page-locked
   cudaError_t device_count_status = cudaSuccess;    ///< what `cudaGetDeviceCount` says
@@ -48,6 +50,10 @@ class Session {
 
   /// The n-th copy to the device from now on is accepted, and fails on its way.
   void fail_copy_on_its_way(std::uint64_t nth);
+
+  /// The n-th copy to the device from now on breaks the context: it fails on its way, and every
+  /// call from then on returns `error`. Memory, streams and events can still be given back.
+  void lose_context_at_copy(std::uint64_t nth, cudaError_t error);
 
   [[nodiscard]] std::uint64_t calls(std::string_view function) const;
 

@@ -107,5 +107,20 @@ TEST(FakeCuda, fails_the_nth_call_once) {
   EXPECT_EQ(cudaFree(two), cudaSuccess);
 }
 
+TEST(FakeCuda, fails_every_call_once_its_context_is_broken_and_lets_everything_go) {
+  Session session;
+  const Buffers buffers;
+  const cuda::Stream stream = cuda::make_stream();
+  const cuda::Event copied = cuda::make_event(/*blocking=*/true);
+  session.lose_context_at_copy(2, cudaErrorIllegalAddress);
+  EXPECT_EQ(buffers.copy_in(stream.get()), cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(stream.get()), cudaSuccess);
+  EXPECT_EQ(buffers.copy_in(stream.get()), cudaSuccess);
+  EXPECT_EQ(cudaEventRecord(copied.get(), stream.get()), cudaSuccess);
+  EXPECT_EQ(cudaEventSynchronize(copied.get()), cudaErrorIllegalAddress);
+  EXPECT_EQ(cudaStreamQuery(nullptr), cudaErrorIllegalAddress);
+  EXPECT_EQ(launch(stream.get(), {}, [] {}), cudaErrorIllegalAddress);
+}
+
 }  // namespace
 }  // namespace spmoe::fake_cuda
