@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, Literal
@@ -49,6 +49,7 @@ class Engine(Closeable):
         draft_length: As for `load`.
         costs: Of this machine; without them policies run without limits.
         layer_map: Lets a draft of another depth or width predict experts.
+        on_close: Called by `close`, at the end of it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine(Closeable):
         draft_length: int | str = 4,
         costs: Costs | None = None,
         layer_map: LayerMap | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self.target = target
         self.tokenizer = tokenizer
@@ -96,6 +98,8 @@ class Engine(Closeable):
         self._predictions_failed = False
         self._hooks = ExitStack()
         self._check_models()
+        if on_close is not None:
+            self._hooks.callback(on_close)
         attach(target, runtime)
         self._watch()
 
@@ -353,8 +357,8 @@ class Engine(Closeable):
 
     def close(self) -> None:
         """Give the expert memory back. May be called twice."""
-        self._hooks.close()
         self.runtime.close()
+        self._hooks.close()
 
 
 def _phases(iteration: speculative.Iteration) -> list[Phase]:

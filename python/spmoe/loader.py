@@ -143,6 +143,7 @@ def load(
         draft_length=draft_length,
         costs=costs,
         layer_map=layer_map,
+        on_close=loaded.store.close,
     )
     engine.load_seconds = steps.seconds
     engine.memory = plan

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from spmoe import _core
-from spmoe.closeable import Closeable
+from spmoe.arguments import choice, real_number, shown, whole_number
+from spmoe.closeable import Closeable, close_at_exit
 from spmoe.config import format_bytes
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
@@ -23,11 +24,26 @@ __all__ = ["EVICTIONS", "POLICIES", "Runtime"]
 
 log = logging.getLogger("spmoe")
 
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
+_SOURCES = ("draft", "target")
+
 _DTYPE_NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+_INDEX_DTYPES = frozenset(
+    {
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    }
+)
+
+# Bounds that no machine reaches and that the native types hold.
+_MOST_BYTES = (1 << 63) - 1
+_MOST_THREADS = 1024
+_MOST_SPANS = 1 << 24
+_MOST_COUNT = (1 << 32) - 1
 
 
 class Runtime(Closeable):
@@ -36,6 +52,10 @@ class Runtime(Closeable):
     Values never depend on what is resident: the same inputs give the same bits at every budget.
     Thread-safe; calls of `forward` take turns. A context manager. On a CUDA device all work goes to
     torch's current stream, and no call waits for bytes.
+
+    It belongs to the process that made it: after ``os.fork()`` the child may close it, and every
+    other call there raises `Error`. It is closed when the interpreter ends. There is no backward
+    pass, see `forward`.
 
     Args:
         store: The model's experts; see `spmoe.open_store`.
@@ -49,9 +69,10 @@ class Runtime(Closeable):
         pinned_memory: Experts to hold in page-locked RAM, from which a CUDA device copies at full
             speed: an amount as for ``expert_memory``, 0 for none, or "auto": all that fit in RAM,
             none on the host. The others stay in the checkpoint's files.
-        compute_threads: Threads of the expert kernels; 0 means one a core.
-        copy_threads: Threads that read from the store.
-        link_gbps: Paces the link to so many 10^9 bytes a second; 0 means as fast as it goes.
+        compute_threads: Threads of the expert kernels, up to 1024; 0 means one a core.
+        copy_threads: Threads that read from the store, 1 to 1024.
+        link_gbps: Paces the link to so many 10^9 bytes a second, at least 1e-6; 0 means as fast as
+            it goes.
         policy: What is prefetched: one of `POLICIES`.
         eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that goes with the
             policy.
@@ -61,8 +82,10 @@ class Runtime(Closeable):
     Raises:
         InvalidArgument: A setting is wrong, or the budget is under one wave (the experts that one
             token needs in a layer); the message names the bytes needed.
-        OutOfMemory: More memory is asked than is available; the message names both.
+        OutOfMemory: More memory is asked than is available, or the system refuses the threads;
+            the message says what was asked and found.
         DeviceError: The CUDA device cannot be used; the message says why.
+        Error: The store is closed.
     """
 
     def __init__(
@@ -84,32 +107,45 @@ class Runtime(Closeable):
         pinned_memory: int | str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        self.device = resolve_device(device)
+        if not isinstance(store, _core.ExpertStore):
+            raise InvalidArgument(f"store is {shown(store)}; give what spmoe.open_store returned")
+        if progress is not None and not callable(progress):
+            raise InvalidArgument(f"progress is {shown(progress)}; give a function, or None")
+        options: dict[str, Any] = {
+            "experts_per_token": whole_number(
+                "experts_per_token", experts_per_token, 1, store.expert_count
+            ),
+            "activation": choice("activation", activation, _ACTIVATIONS),
+            "alpha": real_number("alpha", alpha),
+            "limit": real_number("limit", limit),
+            "compute_threads": whole_number("compute_threads", compute_threads, 0, _MOST_THREADS),
+            "copy_threads": whole_number("copy_threads", copy_threads, 1, _MOST_THREADS),
+            "link_gbps": real_number("link_gbps", link_gbps),
+            "policy": choice("policy", policy, POLICIES),
+            "eviction": choice("eviction", eviction, ("auto", *EVICTIONS)),
+            "trace_spans": whole_number("trace_spans", trace_spans, 0, _MOST_SPANS),
+        }
         self.store = store
         self.policy = policy
         self.trace_spans = trace_spans
+        self.device = resolve_device(device)
         granted = expert_budget(
-            expert_memory, store, self.device, experts_per_token=experts_per_token
+            expert_memory,
+            store,
+            self.device,
+            experts_per_token=options["experts_per_token"],
         )
         self.expert_memory_bytes = min(granted, store.total_bytes)
         budget = pinned_budget(pinned_memory, store.total_bytes, self.device)
         self._native = _core.Runtime(
             store,
             granted,
-            experts_per_token,
-            activation=activation,
-            alpha=alpha,
-            limit=limit,
-            compute_threads=compute_threads,
-            copy_threads=copy_threads,
-            link_gbps=link_gbps,
-            policy=policy,
-            eviction=eviction,
-            trace_spans=trace_spans,
             device=native_name(self.device),
             pinned_memory_bytes=budget,
             pinned_progress=_in_megabytes(progress or silent),
+            **options,
         )
+        close_at_exit(self)
         if self.device.type != "cpu":
             self._warn_of_unpinned(store.total_bytes if pinned_memory == "auto" else budget)
 
@@ -149,17 +185,33 @@ class Runtime(Closeable):
             top_k_weights: [tokens, k], what each choice weighs.
 
         Returns:
-            [tokens, hidden] of the dtype of ``x``, summed in fp32 in the router's order.
+            [tokens, hidden] of the dtype of ``x``, summed in fp32 in the router's order. It has no
+            gradient: under ``torch.no_grad()`` or ``torch.inference_mode()`` any input will do,
+            elsewhere inputs that require a gradient are refused.
 
         Raises:
-            InvalidArgument: A shape, dtype, device or index is wrong.
-            DeviceError: An expert could not be read; the runtime stays usable.
+            InvalidArgument: A shape, dtype, device or index is wrong, or a gradient is required.
+            DeviceError: An expert could not be read; the runtime stays usable, unless the message
+                says that the device is lost.
+            Error: The runtime is closed, or belongs to another process.
         """
+        layer = self._check_layer(layer)
+        for name, tensor in (
+            ("x", x),
+            ("top_k_index", top_k_index),
+            ("top_k_weights", top_k_weights),
+        ):
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+                raise InvalidArgument(f"{name} must be a dense torch.Tensor, got {_kind(tensor)}")
         if x.ndim != 2 or x.shape[1] != self.store.hidden:
             raise InvalidArgument(f"x must be [tokens, {self.store.hidden}], got {list(x.shape)}")
         if top_k_index.ndim != 2 or top_k_index.shape[0] != x.shape[0]:
             raise InvalidArgument(
                 f"top_k_index must be [{x.shape[0]}, k], got {list(top_k_index.shape)}"
+            )
+        if top_k_index.dtype not in _INDEX_DTYPES:
+            raise InvalidArgument(
+                f"top_k_index must hold integers, such as torch.int64, got {top_k_index.dtype}"
             )
         if top_k_weights.shape != top_k_index.shape:
             raise InvalidArgument(
@@ -172,9 +224,14 @@ class Runtime(Closeable):
                     f"{name} must be float32, bfloat16 or float16 on {self.device}, "
                     f"got {tensor.dtype} on {tensor.device}"
                 )
-        x = x.detach().contiguous()
-        top_k_index = top_k_index.to(self.device, torch.int64).contiguous()
-        top_k_weights = top_k_weights.detach().contiguous()
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise InvalidArgument(
+                    f"{name} requires a gradient, but offloaded experts have no backward pass: "
+                    "call under torch.no_grad() or torch.inference_mode(), or detach it"
+                )
+        x = _readable(x)
+        top_k_index = _readable(top_k_index.to(self.device, torch.int64))
+        top_k_weights = _readable(top_k_weights)
         out = torch.empty_like(x)
         self._native.forward(
             layer,
@@ -220,18 +277,35 @@ class Runtime(Closeable):
                 as 0.
             source: Whose state they were made from.
         """
-        if isinstance(scores, torch.Tensor) and scores.device.type == "cuda":
-            if scores.shape != (self.store.expert_count,) or scores.device != self.device:
-                raise InvalidArgument(
-                    f"scores must be [{self.store.expert_count}] on the CPU or {self.device}, "
-                    f"got {list(scores.shape)} on {scores.device}"
-                )
-            scores = scores.detach().float().contiguous()
-            self._native.predict_on_device(layer, scores.data_ptr(), source, self._consumer())
-            return
+        layer = self._check_layer(layer)
+        choice("source", source, _SOURCES)
+        count = self.store.expert_count
+        shape = list(getattr(scores, "shape", [None]))
+        if not isinstance(scores, (torch.Tensor, np.ndarray)) or shape != [count]:
+            raise InvalidArgument(
+                f"scores must be a tensor or a numpy array of shape [{count}], got {_kind(scores)}"
+            )
         if isinstance(scores, torch.Tensor):
-            scores = scores.detach().to("cpu", torch.float32).numpy()
+            if scores.dtype.is_complex or scores.device.type not in ("cpu", self.device.type):
+                raise InvalidArgument(
+                    f"scores must be real numbers on the CPU or {self.device}, "
+                    f"got {scores.dtype} on {scores.device}"
+                )
+            if scores.device.type == "cuda":
+                self._predict_on_device(layer, scores, source)
+                return
+            scores = _readable(scores.to(torch.float32)).numpy()
+        elif scores.dtype.kind not in "biuf":
+            raise InvalidArgument(f"scores must be real numbers, got {scores.dtype}")
         self._native.predict(layer, np.ascontiguousarray(scores, dtype=np.float32), source)
+
+    def _predict_on_device(self, layer: int, scores: torch.Tensor, source: str) -> None:
+        if scores.device != self.device:
+            raise InvalidArgument(
+                f"scores must be on the CPU or {self.device}, got {scores.device}"
+            )
+        scores = _readable(scores.float())
+        self._native.predict_on_device(layer, scores.data_ptr(), source, self._consumer())
 
     def set_limits(
         self,
@@ -246,13 +320,26 @@ class Runtime(Closeable):
             cutoff_layer: Leading layers that "sp-moe" prefetches for; None means all.
             budget_bytes: What the link can move until each layer runs, for "horizon"; or nothing.
             break_even: Probability of use under which "horizon" does not prefetch.
+
+        Raises:
+            InvalidArgument: A value is negative or no number, or there is not one budget a layer.
         """
-        layers = self.store.layer_count if cutoff_layer is None else cutoff_layer
-        self._native.set_limits(layers, list(budget_bytes), break_even)
+        if not isinstance(budget_bytes, Sequence):
+            raise InvalidArgument(
+                f"budget_bytes is {shown(budget_bytes)}; give a list with one for each layer"
+            )
+        layers = self.store.layer_count
+        if cutoff_layer is not None:
+            layers = whole_number("cutoff_layer", cutoff_layer, 0, layers)
+        self._native.set_limits(
+            layers,
+            [whole_number("budget_bytes", budget, 0, _MOST_BYTES) for budget in budget_bytes],
+            real_number("break_even", break_even, 0.0),
+        )
 
     def record_routing(self, on: bool = True) -> None:
         """Record which experts every layer needs from now on, or stop."""
-        self._native.record_routing(on)
+        self._native.record_routing(bool(on))
 
     def recorded_routing(self) -> list[tuple[int, list[int]]]:
         """Return the record: (layer, experts) of each call of `forward`, in order."""
@@ -261,7 +348,7 @@ class Runtime(Closeable):
     def replay_routing(self, routing: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Tell the policy "oracle" and the eviction "belady" what is to come, from its start."""
         self._native.replay_routing(
-            [(layer, list(experts)) for layer, experts in routing],
+            [self._check_call(call) for call in routing],
             self.store.layer_count,
             self.store.expert_count,
         )
@@ -284,7 +371,7 @@ class Runtime(Closeable):
         Raises:
             DeviceError: A copy that this iteration computed from failed after all.
         """
-        self._native.end_iteration(accepted)
+        self._native.end_iteration(whole_number("accepted", accepted, 0, _MOST_COUNT))
 
     def inject(self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0) -> None:
         """Plant faults in the link, for tests.
@@ -294,7 +381,11 @@ class Runtime(Closeable):
             delay_seed: Seed of the random delays.
             max_delay_us: Each piece waits a random time up to this, in microseconds.
         """
-        self._native.inject(fail_at_copy, delay_seed, max_delay_us)
+        self._native.inject(
+            whole_number("fail_at_copy", fail_at_copy, 0, _MOST_COUNT),
+            whole_number("delay_seed", delay_seed, 0, _MOST_COUNT),
+            whole_number("max_delay_us", max_delay_us, 0, _MOST_COUNT),
+        )
 
     def stats(self, *, by_layer: bool = True) -> dict[str, Any]:
         """Counters since construction: hits, late, misses, bytes by kind, seconds.
@@ -309,11 +400,41 @@ class Runtime(Closeable):
         `cancelled` counts prefetches withdrawn before they started, `cancelled_bytes` what was not
         moved of prefetches withdrawn on their way; what was moved of these is wasted.
         """
-        return self._native.stats(by_layer)
+        return self._native.stats(bool(by_layer))
 
     def close(self) -> None:
-        """End the copies under way and give the memory back. May be called twice."""
+        """End the copies under way and give threads and memory back. May be called twice.
+
+        Waits for a `forward` of another thread. Every call but `stats` then raises `Error`. In a
+        forked child it does nothing.
+        """
         self._native.close()
+
+    def _check_layer(self, layer: int) -> int:
+        return whole_number("layer", layer, 0, self.store.layer_count - 1)
+
+    def _check_call(self, call: tuple[int, Sequence[int]]) -> tuple[int, list[int]]:
+        if not isinstance(call, Sequence) or len(call) != 2 or not isinstance(call[1], Sequence):
+            raise InvalidArgument(
+                f"routing holds {shown(call)}; give (layer, experts) of each call, as "
+                "recorded_routing returns them"
+            )
+        layer, experts = call
+        last = self.store.expert_count - 1
+        return self._check_layer(layer), [whole_number("expert", e, 0, last) for e in experts]
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose memory holds its values, in order; views may negate what they show."""
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def _kind(value: Any) -> str:
+    """Return what a message says of something that is not the tensor it should be."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.layout} of {value.dtype}, {list(value.shape)}"
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} {list(shape)}"
 
 
 def _in_megabytes(progress: Progress) -> Callable[[int, int], None]:
