@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -189,6 +190,19 @@ BIASED_ROUTER_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_next": lambda: _config("qwen3_next", **_GATED_DELTA),
     "qwen3_5_moe_text": lambda: _config("qwen3_5_moe_text", **_GATED_DELTA),
+    "qwen3_5_moe": lambda: AutoConfig.for_model(  # multimodal; its text part is the target
+        "qwen3_5_moe",
+        text_config=_SHAPE | _GATED_DELTA | {"model_type": "qwen3_5_moe_text"},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "patch_size": 4,
+        },
+    ),
     "jamba": lambda: _config(
         "jamba",
         intermediate_size=48,
@@ -254,7 +268,8 @@ def _write(
 ) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        whole = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+        model = whole.from_config(config)
         _fill_biases(model)
     model.to(dtype).save_pretrained(path, max_shard_size="200KB")
     if with_tokenizer:

@@ -54,7 +54,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("generate MODEL -p Hi --draft-length 32", 'must be "auto" or from 0'),
         ("generate MODEL -p Hi --policy bogus", "'bogus' is not one of .*'horizon'"),
         ("generate MODEL -p Hi --eviction bogus", "'bogus' is not one of 'auto'.*'lru'"),
-        ("generate MODEL -p Hi --dtype int8", "'int8' is not one of 'float32'"),
+        ("generate MODEL -p Hi --dtype int8", "'int8' is not one of 'auto', 'float32'"),
         ("generate MODEL -p Hi --device tpu", 'device "tpu" is not one of auto, host, cuda'),
         ("generate MODEL -p Hi --link-gbps -1", "-1.0 is not in the range"),
         ("generate MODEL -p Hi --seed 99999999999999999999", "is not in the range"),
@@ -153,6 +153,8 @@ def test_an_error_of_a_model_is_one_line(
     ("error", "status", "line"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: x: No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left"),
+        (OSError("odd"), 1, "error: odd"),
         (MemoryError(), 1, "error: out of memory"),
         (UnicodeEncodeError("ascii", "日", 0, 1, "no"), 1, "error: .*PYTHONIOENCODING=utf-8"),
         (spmoe.DeviceError("two\nlines"), 1, "error: two lines"),

@@ -16,15 +16,16 @@ from spmoe.cli.progress import progress_bar
 @option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 def demo(variant: str, describe: bool, as_json: bool) -> None:
     """Make the built-in pair ahead of time."""
-    from spmoe.demo import describe as describe_pair
-    from spmoe.demo import ensure_pair
+    with progress_bar(as_json) as progress:
+        progress("importing torch and transformers", 0, 1)
+        from spmoe.demo import describe as describe_pair
+        from spmoe.demo import ensure_pair
 
-    if describe:
+        pair = None if describe else ensure_pair(variant, progress=progress)
+    if pair is None:
         text = describe_pair(variant)
         click.echo(json.dumps({"variant": variant, "description": text}) if as_json else text)
         return
-    with progress_bar(as_json) as progress:
-        pair = ensure_pair(variant, progress=progress)
     paths = {"target": str(pair.target), "draft": str(pair.draft)}
     if as_json:
         click.echo(json.dumps(paths))

@@ -20,9 +20,10 @@ def doctor(no_link: bool, as_json: bool) -> None:
     limits, huge pages, processor features and versions. What the machine does not tell is
     "unknown".
     """
-    from spmoe.doctor import describe, examine
-
     with progress_bar(as_json) as progress:
+        progress("importing torch", 0, 1)
+        from spmoe.doctor import describe, examine
+
         report = examine(measure=not no_link, progress=progress)
     lines = list(describe(report))
     cures = {line.name: line.cure for line in lines if line.cure}

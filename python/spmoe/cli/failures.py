@@ -41,8 +41,8 @@ def _describe(error: Exception) -> str:
     text = str(error)
     if isinstance(error, Error):
         pass
-    elif isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, UnicodeEncodeError):
         text = (
             f"standard output cannot hold {error.object[error.start]!r} in {error.encoding}: set "

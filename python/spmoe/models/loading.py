@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spmoe.errors import CheckpointError, InvalidArgument, OutOfMemory
-from spmoe.models.checkpoint import find_checkpoint, find_directory
+from spmoe.models.checkpoint import Checkpoint, find_checkpoint, find_directory
 from spmoe.models.experts import (
     IMPLEMENTATION,
     ExpertFormat,
@@ -27,12 +23,11 @@ from spmoe.models.experts import (
     without_experts,
 )
 from spmoe.models.linear import quicken
-from spmoe.models.pretrained import read_config, read_model, read_tokenizer
+from spmoe.models.pretrained import build_empty, read_tokenizer
+from spmoe.models.weights import read_model
 from spmoe.runtime import Runtime
 from spmoe.settings import DTYPES, check_dtype
 from spmoe.store import open_store
-
-_AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
 
 HOST = torch.device("cpu")
 
@@ -103,31 +98,35 @@ def load_target(
     """
     name = fspath(path)
     checkpoint = find_checkpoint(path)
-    config = read_config(name, checkpoint.directory)
-    with without_experts(config), torch.device("meta"):
-        skeleton = _AutoModel.from_config(config)
-    layers = find_layers(skeleton)
+    config = checkpoint.config
+    with without_experts(config):
+        empty = build_empty(name, config)
+    layers = find_layers(empty)
     if not layers:
         raise InvalidArgument(
             f"{name} ({config.model_type}) has no routed experts behind transformers' experts "
             "interface: if it is dense, pass it as the draft, or use transformers"
         )
     expected = describe(layers)
-    store = open_store(
-        checkpoint.shards,
-        layers=[layer.number for layer in layers],
-        interleaved=expected.interleaved,
-    )
-    _check_store(name, store, expected)
-    experts_per_token = _experts_per_token(name, config)
+    store = _open_store(checkpoint, layers, expected)
+    experts_per_token = _experts_per_token(name, config, expected.shape[0])
     if dtype is None and device.type != "cpu":
         dtype = _own_dtype(config)
     with without_experts(config):
-        model, unexpected = read_model(
-            name, checkpoint.directory, config, dtype=dtype, experts_implementation=IMPLEMENTATION
+        model, unread = read_model(
+            checkpoint,
+            type(empty),
+            dtype=dtype,
+            experts_implementation=IMPLEMENTATION,
+            without=store.tensor_names,
         )
+    if unread:
+        raise CheckpointError(
+            f"{name} has the tensor {min(unread)} ({len(unread)} such in all), for which its model "
+            "has no place: it may be quantized or of another model; spmoe would leave it out"
+        )
+    store.check_unchanged()
     layers = find_layers(model)
-    _check_unexpected(name, unexpected, layers)
     forbid_saving(model)
     place(model, device)
     return TargetModel(
@@ -172,9 +171,10 @@ def load_draft(
         dtype: None means the checkpoint's own: what the draft rounds changes no token.
         device: Where it runs.
     """
+    checkpoint = find_checkpoint(path)
     if dtype is None:
-        dtype = _own_dtype(read_config(fspath(path), find_directory(path)))
-    draft = load_plain(path, dtype=dtype)
+        dtype = _own_dtype(checkpoint.config)
+    draft = _load_whole(checkpoint, dtype)
     place(draft, device)
     return draft
 
@@ -184,12 +184,12 @@ def load_plain(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -
 
     Arguments and errors as for `load_target`.
     """
-    name = fspath(path)
-    checkpoint = find_checkpoint(path)
-    config = read_config(name, checkpoint.directory)
-    model, _ = read_model(
-        name, checkpoint.directory, config, dtype=dtype, experts_implementation="eager"
-    )
+    return _load_whole(find_checkpoint(path), dtype)
+
+
+def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    model_class = type(build_empty(checkpoint.name, checkpoint.config))
+    model, _ = read_model(checkpoint, model_class, dtype=dtype, experts_implementation="eager")
     return model
 
 
@@ -217,7 +217,21 @@ def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
     return own if own in DTYPES else torch.float32
 
 
-def _check_store(name: str, store: ExpertStore, expected: ExpertFormat) -> None:
+def _open_store(
+    checkpoint: Checkpoint, layers: Sequence[MoeLayer], expected: ExpertFormat
+) -> ExpertStore:
+    name = checkpoint.name
+    try:
+        store = open_store(
+            checkpoint.shards,
+            layers=[layer.number for layer in layers],
+            interleaved=expected.interleaved,
+        )
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"{name} ({checkpoint.config.model_type}) keeps its experts under names or in a layout "
+            f"that spmoe does not read ({error}); use transformers for this model"
+        ) from error
     found = (store.expert_count, store.hidden, store.inter)
     if found != expected.shape:
         count, hidden, inter = expected.shape
@@ -225,32 +239,21 @@ def _check_store(name: str, store: ExpertStore, expected: ExpertFormat) -> None:
             f"{name} has {found[0]} experts of {found[1]} x {found[2]} a layer, but its "
             f"config.json asks for {count} of {hidden} x {inter}: they are not of the same model"
         )
+    return store
 
 
-def _check_unexpected(name: str, unexpected: set[str], layers: tuple[MoeLayer, ...]) -> None:
-    """Everything that transformers left unread must be a weight that the store serves."""
-    served = tuple(f"{layer.path}." for layer in layers)
-    weights = {
-        f"{path}{weight}"
-        for path, layer in zip(served, layers, strict=True)
-        for weight, value in vars(layer.experts).items()
-        if isinstance(value, torch.Tensor)
-    }
-    unread = sorted(unexpected - weights)
-    if unread:
-        raise CheckpointError(
-            f"{name} has the tensor {unread[0]} ({len(unread)} such in all), for which its model "
-            "has no place: it may be quantized or of another model; spmoe would leave it out"
-        )
-
-
-def _experts_per_token(name: str, config: PreTrainedConfig) -> int:
+def _experts_per_token(name: str, config: PreTrainedConfig, experts: int) -> int:
     text_config = config.get_text_config()
     for attribute in _TOP_K_NAMES:
         value: Any = getattr(text_config, attribute, None)
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             value = max(value)
-        if isinstance(value, int) and value > 0:
+        if type(value) is int and value > experts:
+            raise CheckpointError(
+                f"config.json of {name} asks for {value} experts a token ({attribute}), but a "
+                f"layer has {experts}: copy config.json from the original model"
+            )
+        if type(value) is int and value > 0:
             return value
     raise InvalidArgument(
         f"the configuration of {name} does not say how many experts a token uses (looked for "
