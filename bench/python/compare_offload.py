@@ -201,6 +201,7 @@ def _offloaded(target: str | Path, budget_bytes: int, flags: dict[str, Any]) -> 
             device_map="auto",
             max_memory=places,
             offload_folder=folder,
+            trust_remote_code=False,
         )
         try:
             yield model.eval()

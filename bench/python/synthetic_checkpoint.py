@@ -183,7 +183,9 @@ def make_config(shape: str, *, layers: int | None = None, shrink: int = 1) -> Pr
 def hub_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint by the hub's name, on "meta", layer by layer."""
     with torch.device("meta"):
-        model: PreTrainedModel = _AutoModel.from_config(config, dtype=torch.bfloat16)
+        model: PreTrainedModel = _AutoModel.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=False
+        )
     tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
     return dict(sorted(tensors.items(), key=lambda item: _natural(item[0])))
 
@@ -191,7 +193,7 @@ def hub_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 def expert_format(config: PreTrainedConfig) -> ExpertFormat:
     """Return what `spmoe.open_store` and `spmoe.Runtime` must be told of the experts."""
     with without_experts(config), torch.device("meta"):
-        layers = find_layers(_AutoModel.from_config(config))
+        layers = find_layers(_AutoModel.from_config(config, trust_remote_code=False))
     return describe(layers)
 
 

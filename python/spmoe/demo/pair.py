@@ -152,7 +152,7 @@ def _recipe(variant: str) -> Recipe:
 
 def _checkpoint_bytes(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        skeleton = _AutoModel.from_config(config)
+        skeleton = _AutoModel.from_config(config, trust_remote_code=False)
     weights: int = sum(parameter.numel() for parameter in skeleton.parameters())
     return weights * torch.bfloat16.itemsize + _SETTINGS_BYTES
 
