@@ -75,46 +75,6 @@ def test_a_damaged_shard_is_refused_before_anything_is_computed(
         spmoe.load(checkpoint)
 
 
-def test_a_shard_removed_after_loading_is_still_read(checkpoint: Path) -> None:
-    with spmoe.load(checkpoint, expert_memory="50%") as engine:
-        expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
-        shutil.rmtree(checkpoint)
-        assert engine.generate(PROMPT, max_new_tokens=8).token_ids == expected
-
-
-def test_a_shard_truncated_after_loading_fails_the_request_and_no_other(checkpoint: Path) -> None:
-    # transformers maps the files of dense weights into memory; the experts' own file is broken.
-    experts = gather_experts(checkpoint)
-    whole = experts.read_bytes()
-    with spmoe.load(checkpoint, expert_memory="50%") as engine:
-        expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
-        os.truncate(experts, 16)
-        with pytest.raises(
-            spmoe.DeviceError,
-            match=r"expert \d+ of layer \d+ \(.*experts.safetensors\).*truncated after",
-        ):
-            engine.generate(PROMPT, max_new_tokens=8)
-        experts.write_bytes(whole)
-        assert engine.generate(PROMPT, max_new_tokens=8).token_ids == expected
-
-
-def gather_experts(checkpoint: Path) -> Path:
-    """Move all expert tensors into a file of their own; return it."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in checkpoint.glob("*.safetensors"):
-        tensors |= load_file(shard)
-        shard.unlink()
-    weight_map = {
-        name: f"{'experts' if '.experts.' in name else 'dense'}.safetensors" for name in tensors
-    }
-    for file in set(weight_map.values()):
-        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        save_file(part, checkpoint / file, metadata={"format": "pt"})
-    index = checkpoint / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return checkpoint / "experts.safetensors"
-
-
 @pytest.mark.parametrize("place", [1, 2, 5, 17])
 def test_a_read_error_fails_the_request_and_no_other(target_path: Path, place: int) -> None:
     with spmoe.load(target_path, target_path, expert_memory="50%", policy="on-demand") as engine:
