@@ -137,16 +137,17 @@ def test_verify_shows_the_first_difference_and_fails(
 ) -> None:
     import spmoe.verification as verification  # noqa: PLR0402
 
-    class Wrong(verification.CachedCausalLM):
-        """The target alone, with two tokens' logits exchanged: another text."""
+    alone = verification.generate_alone
 
-        def read(self, tokens, *, last=1):
-            logits = super().read(tokens, last=last).clone()
-            best = logits.argmax(-1)
-            logits[range(last), best] -= 1e6
-            return logits
+    def wrong(*arguments):
+        """The target alone, with its two likeliest tokens exchanged everywhere."""
+        _, scores = alone(*arguments)
+        first, second = scores.topk(2).indices.T
+        rows = range(len(scores))
+        scores[rows, first], scores[rows, second] = scores[rows, second], scores[rows, first]
+        return second.tolist(), scores
 
-    monkeypatch.setattr(verification, "CachedCausalLM", Wrong)
+    monkeypatch.setattr(verification, "generate_alone", wrong)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Hello\n\nWorld\n")
     found = run("verify", *model, "--prompts-file", prompts, "-n", 4, "--json")

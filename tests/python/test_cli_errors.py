@@ -281,6 +281,13 @@ class TestTable:
         found = run(*command, COLUMNS="120")
         assert re.search(r"drafting does not pay on this link, \d+\.\d GB/s", found.err)
 
+    def test_the_memory_that_auto_chose_is_one_line(self, run: Any, target_path: Path) -> None:
+        command = ("generate", target_path, "-p", "Hi", "-n", 2, "--policy", "on-demand")
+        first, *_ = run(*command).err.splitlines()
+        assert re.fullmatch("expert memory .* of .*: .* free, less dense .*, reserve .*", first)
+        assert "free, less" not in run(*command, "--expert-memory", "50%").err
+        assert run(*command, "--quiet").err == ""
+
     @pytest.mark.usefixtures("logger")
     def test_the_main_steps_are_logged(self, run: Any, target_path: Path) -> None:
         command = ("generate", target_path, "-p", "Hi", "-n", 3, "--policy", "on-demand", "--quiet")

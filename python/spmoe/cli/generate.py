@@ -102,6 +102,8 @@ def generate(
             progress=progress,
         )
     with engine:
+        if not quiet and flags["expert_memory"] == "auto" and engine.memory is not None:
+            click.echo(engine.memory.describe(), err=True)
         options = {name: flags[name] for name in ("max_new_tokens", "raw", "stop")}
         if flags["as_json"]:
             result = engine.generate(text, **options)
@@ -147,8 +149,8 @@ def _why_plain(engine: Engine, figures: dict[str, Any], no_speculation: bool) ->
         return None
     if no_speculation:
         return "decoded plainly: --no-speculation"
-    if engine.draft is None:
-        return f"decoded plainly: {getattr(engine, 'draft_note', None) or 'no draft model'}"
+    if engine.draft_note:
+        return f"decoded plainly: {engine.draft_note}"
     if engine.draft_length == 0:
         return "decoded plainly: draft length 0"
     link = figures["link_gbps"]
