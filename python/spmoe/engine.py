@@ -19,7 +19,7 @@ from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.memory_plan import MemoryPlan
 from spmoe.metrics import Metrics
-from spmoe.models.cache_support import cache_support, cached, why_not_draft
+from spmoe.models.cache_support import cached
 from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel
@@ -97,7 +97,7 @@ class Engine(Closeable):
         self.draft_note: str | None = None if draft is not None else "no draft model"
         self._predictions_failed = False
         self._hooks = ExitStack()
-        self._check_models()
+        self._name_what_is_not_applied()
         if on_close is not None:
             self._hooks.callback(on_close)
         attach(target, runtime)
@@ -206,20 +206,13 @@ class Engine(Closeable):
                 self.phases += _phases(iteration)
             yield iteration
 
-    def _check_models(self) -> None:
-        """Ask target and draft what they can do; leave a draft out where it cannot help."""
+    def _name_what_is_not_applied(self) -> None:
         if settings := not_applied(self.target.model):
             log.warning(
                 "generation_config.json of the target asks for %s, which spmoe does not apply: "
                 "texts are those of greedy decoding without",
                 ", ".join(settings),
             )
-        cache_support(self.target.model)  # finds out whether the target can run at all
-        if self.draft is None:
-            return
-        if reason := why_not_draft(self.target.model, self.draft):
-            log.warning("decoding plainly, without the draft: %s", reason)
-            self.draft, self.draft_note = None, reason
 
     def _set_limits(self, draft_length: int) -> None:
         if self.planner is None:

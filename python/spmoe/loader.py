@@ -12,6 +12,7 @@ from spmoe.engine import Engine
 from spmoe.expert_memory import free_bytes
 from spmoe.measure import estimate
 from spmoe.memory_plan import plan_memory
+from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.pairing import check_pairing
 from spmoe.planner import PLANNED
@@ -87,11 +88,15 @@ def load(
     with steps.step("target", "loading the target without its experts"):
         loaded = load_target(target, dtype=check_dtype(dtype), device=place)
         tokenizer = load_tokenizer(target)
-    drafter = None
+        cache_support(loaded.model)  # a model that cannot run says so before memory is filled
+    drafter, note = None, "no draft model"
     if draft is not None:
         with steps.step("draft", "loading the draft"):
             drafter = load_draft(draft, device=place)
             check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
+        if reason := why_not_draft(loaded.model, drafter):
+            log.warning("decoding plainly, without the draft: %s", reason)
+            drafter, note = None, reason
     plan = plan_memory(
         loaded.model,
         drafter,
@@ -145,6 +150,7 @@ def load(
         layer_map=layer_map,
         on_close=loaded.store.close,
     )
+    engine.draft_note = None if drafter is not None else note
     engine.load_seconds = steps.seconds
     engine.memory = plan
     engine.prompt_chunk = plan.prompt_chunk

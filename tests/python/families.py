@@ -42,31 +42,35 @@ _LATENT_ATTENTION = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
-_GATED_DELTA = {
+LINEAR_ATTENTION = {
     "head_dim": 16,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 48,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+_GATED_DELTA = {
+    **LINEAR_ATTENTION,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+}
 
 
-def _config(model_type: str, **changed: Any) -> PreTrainedConfig:
+def config_of(model_type: str, **changed: Any) -> PreTrainedConfig:
+    """A tiny configuration of a model type, dense or not."""
     return AutoConfig.for_model(model_type, **(_SHAPE | changed))
 
 
 # Name of a family -> its configuration, tiny. The inner size is never the hidden size.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "mixtral": lambda: _config(
+    "mixtral": lambda: config_of(
         "mixtral", intermediate_size=48, num_local_experts=8, num_experts_per_tok=2
     ),
-    "qwen2_moe": lambda: _config(
+    "qwen2_moe": lambda: config_of(
         "qwen2_moe",
         intermediate_size=96,
         moe_intermediate_size=32,
@@ -75,7 +79,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=3,
         mlp_only_layers=[1],
     ),
-    "qwen3_moe": lambda: _config(
+    "qwen3_moe": lambda: config_of(
         "qwen3_moe",
         head_dim=16,
         intermediate_size=96,
@@ -84,8 +88,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=3,
         norm_topk_prob=True,
     ),
-    "olmoe": lambda: _config("olmoe", intermediate_size=32, num_experts=12, num_experts_per_tok=4),
-    "deepseek_v2": lambda: _config(
+    "olmoe": lambda: config_of(
+        "olmoe", intermediate_size=32, num_experts=12, num_experts_per_tok=4
+    ),
+    "deepseek_v2": lambda: config_of(
         "deepseek_v2",
         **_LATENT_ATTENTION,
         intermediate_size=96,
@@ -96,7 +102,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         first_k_dense_replace=1,
         norm_topk_prob=True,
     ),
-    "deepseek_v3": lambda: _config(
+    "deepseek_v3": lambda: config_of(
         "deepseek_v3",
         **_LATENT_ATTENTION,
         intermediate_size=96,
@@ -109,7 +115,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         first_k_dense_replace=1,
         num_nextn_predict_layers=0,
     ),
-    "glm4_moe": lambda: _config(
+    "glm4_moe": lambda: config_of(
         "glm4_moe",
         head_dim=16,
         intermediate_size=96,
@@ -122,17 +128,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         first_k_dense_replace=1,
         num_nextn_predict_layers=0,
     ),
-    "granitemoe": lambda: _config(
+    "granitemoe": lambda: config_of(
         "granitemoe",
         intermediate_size=48,
         num_local_experts=8,
         num_experts_per_tok=2,
         attention_multiplier=0.25,
     ),
-    "phimoe": lambda: _config(
+    "phimoe": lambda: config_of(
         "phimoe", intermediate_size=48, num_local_experts=8, num_experts_per_tok=2
     ),
-    "gpt_oss": lambda: _config(
+    "gpt_oss": lambda: config_of(
         "gpt_oss",
         head_dim=16,
         intermediate_size=48,
@@ -146,7 +152,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
             "original_max_position_embeddings": 256,
         },
     ),
-    "ernie4_5_moe": lambda: _config(
+    "ernie4_5_moe": lambda: config_of(
         "ernie4_5_moe",
         intermediate_size=96,
         moe_intermediate_size=32,
@@ -159,10 +165,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 # Families whose routers take a second argument, such as a correction bias that the layer keeps.
 BIASED_ROUTER_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "minimax_m2": lambda: _config(
+    "minimax_m2": lambda: config_of(
         "minimax_m2", head_dim=16, intermediate_size=48, num_local_experts=8, num_experts_per_tok=3
     ),
-    "afmoe": lambda: _config(
+    "afmoe": lambda: config_of(
         "afmoe",
         head_dim=16,
         intermediate_size=96,
@@ -174,7 +180,7 @@ BIASED_ROUTER_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         sliding_window=32,
     ),
-    "hy_v3": lambda: _config(
+    "hy_v3": lambda: config_of(
         "hy_v3",
         head_dim=16,
         intermediate_size=96,
@@ -188,8 +194,8 @@ BIASED_ROUTER_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 # Families with layers that keep a recurrent state instead of keys and values.
 RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "qwen3_next": lambda: _config("qwen3_next", **_GATED_DELTA),
-    "qwen3_5_moe_text": lambda: _config("qwen3_5_moe_text", **_GATED_DELTA),
+    "qwen3_next": lambda: config_of("qwen3_next", **_GATED_DELTA),
+    "qwen3_5_moe_text": lambda: config_of("qwen3_5_moe_text", **_GATED_DELTA),
     "qwen3_5_moe": lambda: AutoConfig.for_model(  # multimodal; its text part is the target
         "qwen3_5_moe",
         text_config=_SHAPE | _GATED_DELTA | {"model_type": "qwen3_5_moe_text"},
@@ -203,7 +209,7 @@ RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
             "patch_size": 4,
         },
     ),
-    "jamba": lambda: _config(
+    "jamba": lambda: config_of(
         "jamba",
         intermediate_size=48,
         num_experts=8,
@@ -215,7 +221,7 @@ RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         mamba_d_state=8,
         use_mamba_kernels=False,
     ),
-    "granitemoehybrid": lambda: _config(
+    "granitemoehybrid": lambda: config_of(
         "granitemoehybrid",
         intermediate_size=48,
         shared_intermediate_size=32,
@@ -242,15 +248,15 @@ def make_checkpoint(
     with_tokenizer: bool = True,
 ) -> Path:
     """Write a random model of ``family`` into ``path``, in several shards; return ``path``."""
-    return _write(
+    return write_model(
         ALL_FAMILIES[family](), path, seed=seed, dtype=dtype, with_tokenizer=with_tokenizer
     )
 
 
 def make_dense_draft(path: Path, *, seed: int = 0, **changed: Any) -> Path:
     """Write a random one-layer Llama with the same tokenizer into ``path``; return ``path``."""
-    config = _config("llama", **({"intermediate_size": 96, "num_hidden_layers": 1} | changed))
-    return _write(config, path, seed=seed, dtype=torch.float32, with_tokenizer=True)
+    config = config_of("llama", **({"intermediate_size": 96, "num_hidden_layers": 1} | changed))
+    return write_model(config, path, seed=seed, dtype=torch.float32, with_tokenizer=True)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -263,9 +269,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
-def _write(
-    config: PreTrainedConfig, path: Path, *, seed: int, dtype: torch.dtype, with_tokenizer: bool
+def write_model(
+    config: PreTrainedConfig,
+    path: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    with_tokenizer: bool = True,
 ) -> Path:
+    """Write a random model of ``config`` into ``path``, in several shards; return ``path``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         whole = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import spmoe
-from families import ALL_FAMILIES, make_checkpoint
+from families import ALL_FAMILIES, LINEAR_ATTENTION, config_of, make_checkpoint, write_model
 from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 
@@ -74,3 +77,157 @@ def test_a_target_whose_state_cannot_continue_decodes_plainly(
         assert "rejected tokens cannot leave the target's cache" in engine.draft_note
     warnings = [record for record in caplog.records if record.name == "spmoe"]
     assert len(warnings) == 1
+
+
+@pytest.fixture(scope="module")
+def expected(target_path: Path) -> list[int]:
+    return alone(target_path, count=40)
+
+
+class TestDraftsOfEveryKind:
+    """A property of the draft changes speed, never the text, and never ends it."""
+
+    def draft_of(self, path: Path, model_type: str, **changed: Any) -> Path:
+        return write_model(config_of(model_type, **changed), path)
+
+    @pytest.mark.parametrize(
+        ("model_type", "changed"),
+        [
+            ("llama", {"intermediate_size": 96, "num_hidden_layers": 1}),
+            ("qwen3_5_text", {"intermediate_size": 96, **LINEAR_ATTENTION}),
+            ("mamba", {"state_size": 8, "time_step_rank": 4}),
+        ],
+    )
+    def test_its_architecture(
+        self,
+        target_path: Path,
+        expected: list[int],
+        tmp_path: Path,
+        model_type: str,
+        changed: dict[str, Any],
+    ) -> None:
+        draft = self.draft_of(tmp_path, model_type, **changed)
+        with spmoe.load(target_path, draft, expert_memory="50%") as engine:
+            tokens, drafted, _ = written(engine, 4, count=40)
+        assert tokens == expected
+        assert drafted > 0
+
+    @pytest.mark.parametrize(("target_size", "draft_size"), [(320, 259), (320, 400), (264, 320)])
+    def test_embeddings_padded_to_another_size(
+        self, tmp_path: Path, target_size: int, draft_size: int
+    ) -> None:
+        config = ALL_FAMILIES["qwen3_moe"]()
+        config.vocab_size = target_size
+        target = write_model(config, tmp_path / "target")
+        draft = self.draft_of(
+            tmp_path / "draft", "llama", intermediate_size=96, vocab_size=draft_size
+        )
+        # Most of these ids stand for no token of the tokenizer: a random model writes them too.
+        prompts = (PROMPT, [*PROMPT, target_size - 1])
+        with spmoe.load(target, draft, expert_memory="50%") as engine:
+            for prompt in prompts:
+                tokens, drafted, _ = written(engine, 4, prompt)
+                assert tokens == alone(target, prompt)
+                assert (drafted > 0) == (max(prompt) < draft_size)
+
+    def test_a_shorter_context(
+        self, target_path: Path, expected: list[int], tmp_path: Path
+    ) -> None:
+        context = len(PROMPT) + 10
+        draft = self.draft_of(
+            tmp_path, "llama", intermediate_size=96, max_position_embeddings=context
+        )
+        long_prompt = PROMPT * 3
+        with spmoe.load(target_path, draft, expert_memory="50%") as engine:
+            tokens, drafted, _ = written(engine, 4, count=40)
+            assert tokens == expected
+            assert 0 < drafted < 40
+            assert written(engine, 4, long_prompt) == (alone(target_path, long_prompt), 0, 0)
+
+    def test_one_that_cannot_run_is_left_out_with_one_warning(
+        self,
+        target_path: Path,
+        expected: list[int],
+        draft_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("no kernel for this processor")
+
+        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fail)
+        with spmoe.load(target_path, draft_path, expert_memory="50%") as engine:
+            assert written(engine, 4, count=40) == (expected, 0, 0)
+            assert "no kernel for this processor" in engine.draft_note
+        (warning,) = [record for record in caplog.records if record.name == "spmoe"]
+        assert "decoding plainly, without the draft: LlamaForCausalLM" in warning.getMessage()
+
+
+class TestWhatGenerateDoesAroundForward:
+    """The target's own generation configuration and switches hold for the engine too."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3},
+            {"no_repeat_ngram_size": 2},
+            {"bad_words_ids": [[24, 55]]},
+            {"suppress_tokens": [55], "begin_suppress_tokens": [24]},
+            {"min_new_tokens": 20},
+            {"exponential_decay_length_penalty": [2, 1.5]},
+            {"sequence_bias": [[[55], 100.0]], "remove_invalid_values": True},
+            {"forced_eos_token_id": 257},
+        ],
+        ids=",".join,
+    )
+    def test_processors_of_logits(
+        self, target_path: Path, tmp_path: Path, settings: dict[str, Any]
+    ) -> None:
+        path = Path(shutil.copytree(target_path, tmp_path / "target"))
+        file = path / "generation_config.json"
+        own = alone(path)
+        if "min_new_tokens" in settings:  # a token that the text holds early ends it
+            settings = settings | {"eos_token_id": own[3]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        expected = alone(path)
+        assert expected != own  # the setting does something here
+        with spmoe.load(path, path, expert_memory="50%", policy="on-demand") as engine:
+            for draft_length in (0, 4):
+                tokens, _, accepted = written(engine, draft_length)
+                assert tokens == expected
+                assert (accepted > 0) == (draft_length > 0)
+
+    def test_what_is_not_applied_is_named_in_a_warning(
+        self, target_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = Path(shutil.copytree(target_path, tmp_path / "target"))
+        file = path / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4}))
+        with spmoe.load(path, policy="on-demand"):
+            pass
+        (warning,) = [record for record in caplog.records if record.name == "spmoe"]
+        assert "generation_config.json of the target asks for num_beams=4" in warning.getMessage()
+
+    @pytest.mark.parametrize("prompt_length", [40, 63, 64, 65, 70])
+    def test_frequencies_that_switch_with_the_length(
+        self, tmp_path: Path, prompt_length: int
+    ) -> None:
+        config = ALL_FAMILIES["phimoe"]()
+        config.original_max_position_embeddings = 64
+        config.rope_parameters = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + 2 * i for i in range(8)],
+            "short_mscale": 1.0,
+            "long_mscale": 1.2,
+            "original_max_position_embeddings": 64,
+        }
+        path = write_model(config, tmp_path)
+        prompt = (PROMPT * 3)[:prompt_length]
+        expected = alone(path, prompt, 40)
+        with spmoe.load(path, path, expert_memory="50%", policy="on-demand") as engine:
+            for draft_length in (0, 4):
+                tokens, drafted, accepted = written(engine, draft_length, prompt, 40)
+                assert tokens == expected
+            assert accepted > drafted / 2
