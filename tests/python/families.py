@@ -221,6 +221,15 @@ RECURRENT_FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         mamba_d_state=8,
         use_mamba_kernels=False,
     ),
+    "minimax": lambda: config_of(
+        "minimax",
+        head_dim=16,
+        intermediate_size=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        block_size=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
     "granitemoehybrid": lambda: config_of(
         "granitemoehybrid",
         intermediate_size=48,

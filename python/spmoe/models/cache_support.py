@@ -8,18 +8,20 @@ cache.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import GenerationConfig
 
-from spmoe.errors import DeviceError, InvalidArgument, OutOfMemory
+from spmoe.errors import InvalidArgument, OutOfMemory
 from spmoe.models.cached import CachedCausalLM, CacheSupport, CausalLM
 from spmoe.models.experts import without_contribution
 
 _PROMPT = (5, 3, 8)
-_TEXT = (2, 7, 1)  # what follows the prompt
-_REJECTED = (9, 4)  # what is read in place of the last two, and must leave no trace
+_NEW_TOKENS = 4  # that the trial writes; all but the last are read
 
 _ONE_BY_ONE = "a pass of several tokens does not continue the text as passes of one do"
 
@@ -42,7 +44,8 @@ def cache_support(model: CausalLM) -> CacheSupport:
     """Return what the cache of ``model`` can do; asks the model itself on the first call.
 
     Raises:
-        InvalidArgument: The model cannot read a token; the message has its own reason.
+        InvalidArgument: The model cannot write a token, or its passes do not give what its own
+            ``generate`` gives; the message has the reason.
         OutOfMemory: It does not fit in memory.
     """
     known = _SUPPORT.get(model)
@@ -72,56 +75,94 @@ def why_not_draft(target: CausalLM, draft: CausalLM) -> str | None:
 
 
 def _try(model: CausalLM) -> CacheSupport:
-    reasons = []
+    try:
+        tokens, expected = _generate(model)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"{type(model).__name__} cannot read a token: {error}") from error
+    except Exception as error:  # whatever the model's code raises
+        raise InvalidArgument(
+            f"{type(model).__name__} ({model.config.model_type}) cannot write a token in this "
+            f"version of transformers ({type(error).__name__}: {error}): use another model"
+        ) from error
+    reason = ""
     for own_cache in (False, True):
         plain = CacheSupport(own_cache, "restart", several=False)
-        try:
-            expected = _one_by_one(CachedCausalLM(model, plain))
-        except (OutOfMemory, DeviceError):
-            raise
-        except Exception as error:  # whatever the model's code raises
-            reasons.append(error)
-            continue
-        return _try_rewinding(model, own_cache, expected)
+        reason = _fault(partial(_one_by_one, tokens), model, plain, expected)
+        if not reason:
+            return _try_rewinding(model, own_cache, tokens, expected)
     raise InvalidArgument(
-        f"{type(model).__name__} ({model.config.model_type}) cannot read a token in this version "
-        f"of transformers ({type(reasons[0]).__name__}: {reasons[0]}): use transformers for it, "
-        "or another model"
-    ) from reasons[0]
+        f"passes of {type(model).__name__} ({model.config.model_type}) do not give what its own "
+        f"generate gives ({reason}), so its text could not be kept: use transformers for it"
+    )
 
 
-def _try_rewinding(model: CausalLM, own_cache: bool, expected: torch.Tensor) -> CacheSupport:
+def _try_rewinding(
+    model: CausalLM, own_cache: bool, tokens: Sequence[int], expected: torch.Tensor
+) -> CacheSupport:
     reason = ""
     for rewind, several in _WAYS:
         support = CacheSupport(own_cache, rewind, several, "" if several else _ONE_BY_ONE)
-        try:
-            found = _rejecting(CachedCausalLM(model, support))
-        except (OutOfMemory, DeviceError):
-            raise
-        except Exception as error:  # a cache that cannot be cropped raises one of several
-            reason = f"{type(error).__name__}: {error}"
-            continue
-        if torch.allclose(found, expected, rtol=0, atol=_tolerance(expected)):
+        reason = _fault(partial(_rejecting, tokens), model, support, expected)
+        if not reason:
             return support
-        reason = "its state cannot be put back"
     return CacheSupport(own_cache, "restart", several=False, reason=reason)
 
 
-def _one_by_one(model: CachedCausalLM) -> torch.Tensor:
-    """Return the logits behind each token of the text, [tokens, vocab], read as `generate` does."""
+def _fault(
+    read: Callable[[CachedCausalLM], torch.Tensor],
+    model: CausalLM,
+    support: CacheSupport,
+    expected: torch.Tensor,
+) -> str:
+    """Return why ``read`` does not give the logits expected; empty if it does."""
+    try:
+        found = read(CachedCausalLM(model, support))
+    except OutOfMemory:
+        raise
+    except Exception as error:  # a cache that cannot do what is asked raises one of several
+        return f"{type(error).__name__}: {error}"
+    near = torch.allclose(found, expected, rtol=0, atol=_tolerance(expected))
+    return "" if near else "its logits differ"
+
+
+def _generate(model: CausalLM) -> tuple[list[int], torch.Tensor]:
+    """Return the tokens that ``generate`` writes, and its logits behind all but the last."""
+    ids = torch.tensor([_PROMPT], device=model.device)
+    settings: Any = GenerationConfig
+    config = settings(
+        do_sample=False,
+        max_new_tokens=_NEW_TOKENS,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    own, model.generation_config = model.generation_config, config  # which may end texts early
+    try:
+        generate: Any = model.generate  # transformers' own types do not cover it
+        output = generate(ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.generation_config = own
+    tokens: list[int] = output.sequences[0, len(_PROMPT) :].tolist()
+    return tokens, torch.cat(output.logits[1:])
+
+
+def _one_by_one(tokens: Sequence[int], model: CachedCausalLM) -> torch.Tensor:
+    """Read as `generate` does; return the logits behind all but the last, [tokens - 1, vocab]."""
     model.read(_PROMPT)
-    return torch.cat([model.read([token]) for token in _TEXT])
+    return torch.cat([model.read([token]) for token in tokens[:-1]])
 
 
-def _rejecting(model: CachedCausalLM) -> torch.Tensor:
+def _rejecting(tokens: Sequence[int], model: CachedCausalLM) -> torch.Tensor:
     """Return the same logits, with tokens read and rewound on the way."""
+    first, *rest = tokens[:-1]
+    rejected = [(token + 1) % model.vocabulary_size for token in rest]
     model.read(_PROMPT)
-    first = model.read([_TEXT[0], *_REJECTED], last=3)[:1]
+    logits = model.read([first, *rejected], last=1 + len(rest))[:1]
     if not model.can_rewind:
         raise ValueError("its cache says that it cannot be cropped")
     model.rewind(len(_PROMPT) + 1)
-    text = [*_PROMPT, *_TEXT]
-    return torch.cat([first, model.read(text[model.length :], last=2)])
+    text = [*_PROMPT, first, *rest]
+    return torch.cat([logits, model.read(text[model.length :], last=len(rest))])
 
 
 def _tolerance(logits: torch.Tensor) -> float:

@@ -56,6 +56,7 @@ class CachedCausalLM:
         # transformers renamed the argument in 5.24.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._can_keep = "logits_to_keep" in parameters
+        self._takes_positions = "position_ids" in parameters
         self._cache: Any = self._new_cache()
         self._ids = torch.empty((1, 0), dtype=torch.long, device=model.device)
         self._states: list[tuple[int, dict[str, Any]]] = []  # (length, state), for "restore"
@@ -126,6 +127,7 @@ class CachedCausalLM:
             next_sequence_length=count,
             use_cache=True,
             is_first_iteration=first,
+            **self._positions(),
             **{self._cache_name: self._cache},
         )
         if last == 0:
@@ -134,6 +136,12 @@ class CachedCausalLM:
         if self._can_keep:
             inputs["logits_to_keep"] = last
         return self._model(**inputs)
+
+    def _positions(self) -> dict[str, torch.Tensor]:
+        """Return what tells the model where its tokens are: not every cache knows its length."""
+        if not self._takes_positions:
+            return {}
+        return {"position_ids": torch.arange(self.length, device=self._ids.device)[None]}
 
     def rewind(self, length: int) -> None:
         """Forget every token from position ``length`` on.
