@@ -39,6 +39,8 @@ class TraceRing {
     spans_[next_++ % spans_.size()] = span;
   }
 
+  void clear() noexcept { next_ = 0; }
+
   /// What is kept, oldest first.
   [[nodiscard]] std::vector<Span> spans() const {
     std::vector<Span> kept;

@@ -255,6 +255,7 @@ void bind_runtime(py::module_& m) {
           "Router scores, float32 in device memory, made by work on the stream consumer.")
       .def("end_iteration", &Runtime::end_iteration, py::arg("accepted"),
            py::call_guard<Unlocked>())
+      .def("reset", &Runtime::reset, py::call_guard<Unlocked>())
       .def(
           "inject",
           [](Runtime& runtime, std::uint64_t fail_at_copy, std::uint32_t delay_seed,

@@ -293,6 +293,8 @@ RuntimeStats Runtime::stats() const {
     stats.layers[layer] += timings_[layer];
   }
   stats.link = device_->link_stats();
+  stats.link.bytes -= link_before_.bytes;
+  stats.link.busy_s -= link_before_.busy_s;
   stats.slot_count = slot_count_;
   stats.resident_count = scheduler_.resident_count();
   stats.iterations = iterations_;

@@ -121,6 +121,11 @@ class Runtime {
   /// @throws DeviceError if it does not, as `forward`.
   void end_iteration(std::uint32_t accepted);
 
+  /// As new: slots are empty, nothing is learnt or recorded, no limits are set, and all counters
+  /// start from 0; blobs in pinned memory stay. Cancels the fills in flight. Blocks until they have
+  /// ended, and while `forward` runs.
+  void reset();
+
   /// Plants faults in the link, for tests.
   void inject(const LinkFaults& faults);
 
@@ -189,6 +194,9 @@ class Runtime {
   std::uint64_t pinned_bytes_ = 0;
   double pinned_fill_s_ = 0;
   std::size_t prefetches_ = 0;  // in flight
+  std::size_t in_flight_ = 0;   // fills
+  bool resetting_ = false;      // no fill starts
+  LinkStats link_before_;       // what the link had done when the counters started
   std::vector<Fill> fills_;     // being started: demands, then prefetches
   std::vector<CopyOp> ops_;     // of all of these
   std::vector<CopyBatch> batches_;

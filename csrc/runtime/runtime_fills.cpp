@@ -4,7 +4,7 @@
 namespace spmoe {
 
 void Runtime::start_fills() {
-  if (demand_lane_ == nullptr) return;
+  if (demand_lane_ == nullptr || resetting_) return;
   while (const auto change = scheduler_.next_change()) {
     for (auto* lane : {demand_lane_.get(), prefetch_lane_.get()}) {
       if (change->to == FillChange::To::withdrawn) {
@@ -21,6 +21,7 @@ void Runtime::start_fills() {
     ++(fill->kind == FillKind::demand ? demands : prefetches_);
     fills_.push_back(*fill);
   }
+  in_flight_ += fills_.size();
   list_copies();
   const std::span fills{fills_};
   const std::span batches{batches_};
@@ -56,6 +57,7 @@ void Runtime::on_notice(const CopyLane::FillNotice& notice) {
     landed_.notify_all();
     return;
   }
+  --in_flight_;
   if (fill.kind == FillKind::prefetch) --prefetches_;
   if (batch.what == What::landed) {
     scheduler_.filled(fill.slot);

@@ -16,6 +16,7 @@ constexpr std::uint32_t verified_tokens = 32;
 
 Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
     : shape_{shape},
+      names_{names},
       slots_{shape.slot_count, shape.layer_count, shape.expert_count},
       forecast_{shape},
       history_{shape},
@@ -35,6 +36,29 @@ Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
   candidates_.reserve(shape.slot_count);
   ranked_.reserve(shape.expert_count);
   changes_.reserve(shape.slot_count);
+}
+
+void Scheduler::reset() {
+  slots_ = SlotTable{shape_.slot_count, shape_.layer_count, shape_.expert_count};
+  forecast_ = UseForecast{shape_};
+  history_ = ActivationHistory{shape_};
+  trace_ = RoutingTrace{shape_.layer_count, shape_.expert_count};
+  recorded_ = trace_;
+  recording_ = iterating_ = false;
+  limits_ = {};
+  const PolicyView view{shape_, slots_, forecast_, history_, trace_};
+  eviction_ = make_eviction_policy(names_, view);
+  prefetch_ = make_prefetch_policy(names_, view, limits_);
+  queue_ = TransferQueue{critical_.size()};
+  std::ranges::fill(fills_, FillState{});
+  changes_.clear();
+  layer_ = next_layer_ = 0;
+  ahead_layer_ = no_layer;
+  std::ranges::fill(wants_, Want::none);
+  landed_.clear();
+  std::ranges::fill(critical_, std::uint8_t{0});
+  std::ranges::fill(needed_, std::uint8_t{0});
+  std::ranges::fill(stats_, LayerStats{});
 }
 
 void Scheduler::begin_request() {

@@ -123,6 +123,10 @@ class Scheduler {
   /// for layers that did not run are withdrawn.
   void end_iteration();
 
+  /// As new: nothing is resident, nothing learnt, recorded or known ahead, and all counters are 0.
+  /// No fill may be in flight, and no need open.
+  void reset();
+
   /// What the measured costs of the machine allow; see `PrefetchLimits`.
   [[nodiscard]] PrefetchLimits& limits() noexcept { return limits_; }
 
@@ -162,6 +166,7 @@ class Scheduler {
   [[nodiscard]] std::size_t find_startable(FillKind at_least);
 
   SchedulerShape shape_;
+  PolicyNames names_;
   SlotTable slots_;
   UseForecast forecast_;
   ActivationHistory history_;

@@ -373,6 +373,13 @@ class Runtime(Closeable):
         """
         self._native.end_iteration(whole_number("accepted", accepted, 0, _MOST_COUNT))
 
+    def reset(self) -> None:
+        """Make it as new: nothing resident, learnt or recorded, no limits, all counters 0.
+
+        Copies in flight are cancelled; experts in page-locked memory stay.
+        """
+        self._native.reset()
+
     def inject(self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0) -> None:
         """Plant faults in the link, for tests.
 
@@ -388,7 +395,7 @@ class Runtime(Closeable):
         )
 
     def stats(self, *, by_layer: bool = True) -> dict[str, Any]:
-        """Counters since construction: hits, late, misses, bytes by kind, seconds.
+        """Counters since construction or `reset`: hits, late, misses, bytes by kind, seconds.
 
         Under "layers" the same for each layer, if ``by_layer``.
 

@@ -1,0 +1,29 @@
+#include <algorithm>
+
+#include "runtime/runtime.hpp"
+
+// A runtime that was measured with becomes as new.
+namespace spmoe {
+
+void Runtime::reset() {
+  require_own_process();                     // before any lock: a fork may have copied a held one
+  const std::scoped_lock call{call_mutex_};  // no forward runs
+  auto lock = lock_open();
+  ++epoch_;  // predictions that the device has not made yet are of the past
+  resetting_ = true;
+  for (SlotIndex slot = 0; slot < slot_count_; ++slot) {
+    demand_lane_->withdraw(slot);
+    prefetch_lane_->withdraw(slot);
+  }
+  landed_.wait(lock, [this] { return in_flight_ == 0; });
+  resetting_ = false;
+  scheduler_.reset();
+  std::ranges::fill(timings_, LayerStats{});
+  trace_.clear();
+  need_failure_.clear();
+  spoiled_.clear();
+  iterations_ = accepted_ = dropped_predictions_ = 0;
+  link_before_ = device_->link_stats();
+}
+
+}  // namespace spmoe
