@@ -119,13 +119,6 @@ def test_an_activation_is_recognised_by_its_numbers(hidden_act: str, expected: s
     assert recognise(Gated(), interleaved=False).name == expected
 
 
-def test_a_missing_shard_is_named(broken: Path) -> None:
-    shard = shard_of(broken, EXPERT)
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"{shard.name}, one of the \d+ weight files"):
-        load_target(broken)
-
-
 def test_a_missing_expert_tensor_is_named(broken: Path) -> None:
     change_tensors(broken, shard_of(broken, EXPERT), lambda tensors: tensors.pop(EXPERT))
     with pytest.raises(CheckpointError, match=r"expert 3 .*layer 1|layer 1.*expert 3|experts.3"):
@@ -185,67 +178,6 @@ def test_a_quantized_checkpoint_is_refused(broken: Path) -> None:
     change_config(broken, quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(InvalidArgument, match=r"is quantized \(mxfp4\)"):
         load_target(broken)
-
-
-def test_a_damaged_config_is_refused(broken: Path) -> None:
-    (broken / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config.json is missing, damaged"):
-        load_target(broken)
-
-
-def test_a_damaged_index_is_refused(broken: Path) -> None:
-    (broken / INDEX).write_text('{"weight_map": [1]}')
-    with pytest.raises(CheckpointError, match=r"is not a safetensors index"):
-        load_target(broken)
-
-
-def test_a_checkpoint_of_bin_files_only_is_refused_with_the_cure(broken: Path) -> None:
-    for file in broken.glob("*.safetensors*"):
-        file.unlink()
-    (broken / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"only pytorch_model.bin.*save_pretrained"):
-        load_target(broken)
-
-
-def test_a_checkpoint_of_one_file_needs_no_index(broken: Path) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in broken.glob("*.safetensors"):
-        tensors |= load_file(shard)
-        shard.unlink()
-    (broken / INDEX).unlink()
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    assert find_checkpoint(broken).shards == (broken / "model.safetensors",)
-    assert load_target(broken).store.layer_count == 3
-
-
-def test_a_hub_id_that_is_not_in_the_cache_is_refused_offline(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for load in (load_target, load_draft, load_tokenizer):
-        with pytest.raises(InvalidArgument, match=r'"nobody/no-such-model" is neither a directory'):
-            load("nobody/no-such-model")
-
-
-def test_of_a_hub_id_only_the_weights_that_its_index_names_are_fetched(
-    good: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
-
-    def fetch(model: str, allow_patterns: list[str]) -> str:
-        assert model == "owner/name"
-        asked.append(allow_patterns)
-        return str(good)
-
-    monkeypatch.setattr("spmoe.models.checkpoint.snapshot_download", fetch)
-    shards = find_checkpoint("owner/name").shards
-    assert not any("safetensors" in pattern for pattern in asked[0])
-    assert asked[1] == [*asked[0], *(shard.name for shard in shards)]
-
-
-def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match=r"neither a directory nor a model"):
-        load_target(tmp_path / "absent")
 
 
 def test_a_model_without_a_tokenizer_is_refused_with_the_cure(tmp_path: Path) -> None:

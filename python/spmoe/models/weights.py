@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,12 +91,11 @@ def _open_tensors(checkpoint: Checkpoint, without: Collection[str]) -> dict[str,
     for shard in checkpoint.shards:
         with blaming(
             lambda reason, shard=shard: (  # type: ignore[misc]
-                f"a weight file of {checkpoint.name}, {shard.name}, is damaged ({reason}): "
+                f"a weight file of {checkpoint.name}, {shard.name}, is damaged or cannot be read ({reason}): "
                 "download the checkpoint again"
             )
         ):
-            # Read, not mapped: a mapped file that is cut short ends the process (SIGBUS).
-            file: Any = safe_open(shard, framework="pt", backend="pread")
+            file = _open(shard)
             names = set(file.keys())
             checkpoint.check_shard(shard, names)
             if twice := names & tensors.keys():
@@ -105,6 +105,16 @@ def _open_tensors(checkpoint: Checkpoint, without: Collection[str]) -> dict[str,
                 )
             tensors |= {name: file.get_slice(name) for name in names - left_out}
     return tensors
+
+
+def _open(shard: Path) -> Any:
+    try:
+        # Read, not mapped: a mapped file that is cut short ends the process (SIGBUS).
+        return safe_open(shard, framework="pt", backend="pread")
+    except FileNotFoundError:  # safetensors says so whatever the reason
+        with shard.open("rb"), shard.open("rb"):
+            pass
+        raise
 
 
 @contextlib.contextmanager
