@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+Item = TypeVar("Item")
+
+_EXIT_WAIT_S = 10.0  # for what daemon threads are at; a closed runtime ends a pass within a layer
 
 
 class Closeable(ABC):
@@ -40,7 +47,52 @@ def close_at_exit(closeable: Closeable) -> None:
     _to_close.add(closeable)
 
 
+class _Work:
+    """Counts what threads are making now."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: in a forked child, which has none of these threads."""
+        self.count = 0
+        self.changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self.changed:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.count -= 1
+            self.changed.notify_all()
+
+    def wait(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.count == 0, timeout=_EXIT_WAIT_S)
+
+
+_work = _Work()
+os.register_at_fork(after_in_child=_work.forget)
+
+
+def at_work(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield ``items``; the end of the interpreter waits while one of them is being made.
+
+    A daemon thread that is in an operation of torch when the interpreter ends would abort the
+    process as it comes back. Once everything is closed, whatever it is making fails soon.
+    """
+    while True:
+        with _work:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
 @atexit.register
 def _close_all() -> None:
     for closeable in list(_to_close):
         closeable.close()
+    _work.wait()

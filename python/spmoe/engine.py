@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from spmoe import predictor, speculative
-from spmoe.closeable import Closeable
+from spmoe.closeable import Closeable, at_work
 from spmoe.config import check_draft_length, format_bytes
 from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
@@ -185,7 +185,7 @@ class Engine(Closeable):
 
         self.runtime.begin_request()
         counters: dict[str, Any] | None = None
-        for iteration in speculative.decode(
+        iterations = speculative.decode(
             cached(self.target.model),
             drafter,
             tokens,
@@ -195,7 +195,8 @@ class Engine(Closeable):
             read_last=self._reads_last,
             process=request_processors(self.target.model, tokens, max_length),
             prompt_chunk=self.prompt_chunk,
-        ):
+        )
+        for iteration in at_work(iterations):
             self.runtime.end_iteration(iteration.accepted)
             prefill = counters is None
             if adaptive is not None and not prefill:

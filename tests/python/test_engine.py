@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import spmoe
 from families import greedy
+from spmoe import closeable
 from spmoe.models.loading import load_plain
 from spmoe.models.text import encode
 
@@ -331,3 +333,19 @@ def test_an_engine_shows_what_it_is(engine: spmoe.Engine, target_path: Path) -> 
 
 def _fields(target: object) -> dict[str, object]:
     return {name: getattr(target, name) for name in target.__dataclass_fields__}
+
+
+def test_the_end_of_the_interpreter_waits_for_passes_and_for_nothing_between_them(
+    engine: spmoe.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_forward: list[int] = []
+    forward = engine.runtime.forward
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        at_forward.append(closeable._work.count)
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine.runtime, "forward", watched)
+    for _ in engine.iterate(PROMPT, max_new_tokens=3, draft_length=2):
+        assert closeable._work.count == 0
+    assert set(at_forward) == {1}

@@ -310,10 +310,11 @@ def run_python(checkpoint: Path, script: str) -> str:
 
 
 _FORK = """
+from spmoe.closeable import at_work
 runtime = open_runtime(compute_threads=2)
 expected = forward(runtime)
 busy = open_runtime(link_gbps=1e-4)  # a thread is in it at the fork, with its locks
-caller = threading.Thread(target=forward, args=[busy])
+caller = threading.Thread(target=lambda: next(at_work(map(forward, [busy]))))
 caller.start()
 while not busy.stats()["link_busy_s"]:
     pass
@@ -383,6 +384,33 @@ for runtime in (open_runtime("13%", link_gbps=0.003), open_runtime("100%")):
 def test_daemon_threads_in_a_layer_do_not_abort_the_exit(target_path: Path) -> None:
     printed = run_python(target_path, _DAEMONS)
     assert set(printed.splitlines()) <= {"this Runtime is closed; make a new one"}
+
+
+_DAEMON_IN_TORCH = """
+from spmoe.closeable import at_work
+begun = threading.Event()
+square = torch.ones(1500, 1500)
+def passes():
+    while True:
+        begun.set()
+        square @ square  # torch comes back from this for the GIL, and may not have it then
+        forward(runtime)
+        yield
+def decode():
+    try:
+        for _ in at_work(passes()):
+            pass
+    except spmoe.Error as error:
+        print(error, flush=True)
+runtime = open_runtime()
+threading.Thread(target=decode, daemon=True).start()
+begun.wait()
+"""
+
+
+def test_a_daemon_thread_in_torch_does_not_abort_the_exit(target_path: Path) -> None:
+    printed = run_python(target_path, _DAEMON_IN_TORCH)
+    assert printed == "this Runtime is closed; make a new one\n"
 
 
 _SHORTAGE = """
