@@ -185,6 +185,7 @@ class Engine(Closeable):
 
         self.runtime.begin_request()
         counters: dict[str, Any] | None = None
+        finite = True
         iterations = speculative.decode(
             cached(self.target.model),
             drafter,
@@ -203,9 +204,23 @@ class Engine(Closeable):
                 adaptive.observe(iteration)
             counters = self._observe(iteration, counters)
             self._covered_rows = 0
+            if finite and not iteration.finite:
+                finite = False
+                log.warning("the target's logits are not finite: %s", self._nonfinite_place())
             if self.runtime.trace_spans:
                 self.phases += _phases(iteration)
             yield iteration
+
+    def _nonfinite_place(self) -> str:
+        """Say where weights are not finite, as those of a damaged disk are."""
+        cure = "download the checkpoint again, or check the disk"
+        for name, weight in self.target.model.named_parameters():
+            if not bool(weight.isfinite().all()):
+                return f"the weight {name} is not; {cure}"
+        if (place := self.runtime.store.find_nonfinite()) is not None:
+            layer, expert, file = place
+            return f"expert {expert} of MoE layer {layer} is not, in {file}; {cure}"
+        return "no weight that was looked at is the cause; the text may be meaningless"
 
     def _name_what_is_not_applied(self) -> None:
         if settings := not_applied(self.target.model):
@@ -235,7 +250,9 @@ class Engine(Closeable):
         after = self.runtime.stats(by_layer=False)
         if self.planner is not None and before is not None:
             grown = {name: after[name] - before[name] for name in COUNTERS}
-            self.planner.observe(iteration, grown, read_last=self._reads_last())
+            self.planner.observe(
+                iteration, grown, read_last=self._reads_last(), reread=iteration.reread
+            )
         return after
 
     def _watch(self) -> None:

@@ -119,15 +119,23 @@ class Planner:
             read_last=read_last,
         )
 
-    def observe(self, iteration: Measured, grown: Mapping[str, float], *, read_last: bool) -> None:
+    def observe(
+        self,
+        iteration: Measured,
+        grown: Mapping[str, float],
+        *,
+        read_last: bool,
+        reread: int = 0,
+    ) -> None:
         """Tell what an iteration came to, the prefill apart.
 
         Args:
             iteration: Its tokens and times.
             grown: How much each of `COUNTERS` grew.
             read_last: Whether the draft read its last token.
+            reread: Tokens that the target read again.
         """
-        rows = iteration.drafted + 1
+        rows = iteration.drafted + 1 + reread
         if rows > _MAX_ROWS:
             return
         self._iterations += 1

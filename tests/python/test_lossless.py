@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import spmoe
 from families import ALL_FAMILIES, LINEAR_ATTENTION, config_of, make_checkpoint, write_model
@@ -233,3 +234,36 @@ class TestWhatGenerateDoesAroundForward:
                 tokens, drafted, accepted = written(engine, draft_length, prompt, 40)
                 assert tokens == expected
             assert accepted > drafted / 2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next", "minimax"])
+def test_a_prompt_read_in_chunks_gives_the_same_text(family: str, tmp_path: Path) -> None:
+    path = make_checkpoint(family, tmp_path)
+    prompt = PROMPT * 2  # past gpt_oss's sliding window
+    with spmoe.load(path, path, expert_memory="50%", policy="on-demand") as engine:
+        engine.prompt_chunk = 7
+        for draft_length in (0, 4):
+            assert written(engine, draft_length, prompt)[0] == alone(path, prompt)
+
+
+def test_logits_that_are_not_finite_are_named_once_with_their_file(
+    target_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged disk looks just so; the text is still the one of `generate`."""
+    path = Path(shutil.copytree(target_path, tmp_path / "target"))
+    shards = {file: load_file(file) for file in path.glob("*.safetensors")}
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    for file, tensors in shards.items():
+        damaged = [tensors[name.format(i)] for i in range(8) if name.format(i) in tensors]
+        for tensor in damaged:
+            tensor[0, 0] = torch.nan
+        if damaged:
+            save_file(tensors, file, metadata={"format": "pt"})
+    with spmoe.load(path, expert_memory="50%", policy="on-demand") as engine:
+        for _ in range(2):
+            caplog.clear()
+            tokens, *_ = written(engine, 0)
+            assert tokens == alone(path)
+            (warning,) = [record.getMessage() for record in caplog.records]
+            assert "the target's logits are not finite: expert 0 of MoE layer 1 is not" in warning
+            assert ".safetensors" in warning
