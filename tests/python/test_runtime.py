@@ -240,6 +240,7 @@ def test_a_closed_runtime_answers_only_stats(store: Any, call: dict[str, Any]) -
         runtime.spans,
         runtime.calibration,
         runtime.end_iteration,
+        runtime.reset,
         runtime.inject,
     ]
     public = {name for name, value in vars(Runtime).items() if callable(value) and name[0] != "_"}
