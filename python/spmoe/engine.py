@@ -32,7 +32,7 @@ from spmoe.trace import Phase
 
 log = logging.getLogger("spmoe")
 
-_PLAIN_FIRST = 3  # iterations: the first after a prefill still fill what it has evicted
+PLAIN_FIRST = 3  # iterations: the first after a prefill still fill what it has evicted
 
 
 class Engine(Closeable):
@@ -83,7 +83,7 @@ class Engine(Closeable):
                 self.planner.verify_s,
                 self.planner.draft_s,
                 costs.draft_token_s,
-                plain_first=_PLAIN_FIRST,
+                plain_first=PLAIN_FIRST,
             )
         self.cutoff_layer: int | None = None  # in place of the planner's
         self.layer_map = None if layer_map is None else layer_map.to(runtime.device)

@@ -154,4 +154,5 @@ def load(
     engine.load_seconds = steps.seconds
     engine.memory = plan
     engine.prompt_chunk = plan.prompt_chunk
+    log.info("%r", engine)
     return engine

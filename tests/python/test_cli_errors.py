@@ -276,10 +276,15 @@ class TestTable:
         assert figures["decoded_plainly"] == f"decoded plainly: {reason}"
         assert figures["load_seconds"]["target"] > 0
 
-    def test_it_says_that_drafting_does_not_pay(self, run: Any, target_path: Path) -> None:
-        command = ("generate", target_path, "--draft-model", target_path, "-p", "Hi", "-n", 3)
-        found = run(*command, COLUMNS="120")
-        assert re.search(r"drafting does not pay on this link, \d+\.\d GB/s", found.err)
+    def test_it_says_that_drafting_does_not_pay(
+        self, run: Any, target_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("spmoe.draft_length.DraftLength.choose", lambda *_, **__: 0)
+        command = ("generate", target_path, "--draft-model", target_path, "-p", "Hi", "-n")
+        text = run(*command, 12, "--expert-memory", "25%", COLUMNS="120").err
+        assert re.search(r"drafting does not pay on this link, \d+\.\d GB/s", text)
+        text = run(*command, 3, COLUMNS="120").err
+        assert "the text ended before a draft was tried" in text
 
     def test_the_memory_that_auto_chose_is_one_line(self, run: Any, target_path: Path) -> None:
         command = ("generate", target_path, "-p", "Hi", "-n", 2, "--policy", "on-demand")
@@ -294,4 +299,5 @@ class TestTable:
         assert run(*command).err == ""
         text = run(*command, "--verbose").err
         assert re.search(r"INFO loading the target without its experts: \d", text)
+        assert "INFO <spmoe.Engine qwen3_moe, 3 layers of 8 experts" in text
         assert re.search(r"INFO 3 tokens in .* after a prompt of 2; 0 of 0 drafted", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,26 @@ import spmoe
 spmoe.load
 """
     assert run(program).split() == ["PASSIVE", "5000"]
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_a_misspelt_argument(tmp_path: Path) -> None:
+    file = tmp_path / "misspelt.py"
+    file.write_text(
+        "import spmoe\n"
+        "engine: spmoe.Engine = spmoe.load('model')\n"
+        "engine.generate('text', max_new_tokens=3, stop=None, raw=True, draft_length='auto')\n"
+        "engine.generate('text', max_new_token=3)\n"
+        "engine.stream('text', max_new_token=3)\n"
+    )
+    package = Path(spmoe.__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", file],
+        env=os.environ | {"MYPYPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    wrong = re.findall(f"^{file}:([0-9]+): error: .*max_new_token", found, re.MULTILINE)
+    assert wrong == ["4", "5"], found
+    assert len(re.findall(f"^{file}:[0-9]+: error:", found, re.MULTILINE)) == 2, found
