@@ -11,13 +11,14 @@ from torch import nn
 
 from spmoe.errors import InvalidArgument
 
-# State of a layer -> the module that it is read at, and whether as that module's input.
+# State of a layer -> the names of the module that it is read at, which differ between families,
+# and whether it is that module's input.
 # "residual" is the stream after attention, "mlp-input" what the layer's own norm makes of it for
 # its MLP or experts, "attention" what attention alone put out.
 _PLACES = {
-    "residual": ("post_attention_layernorm", True),
-    "mlp-input": ("mlp", True),
-    "attention": ("self_attn", False),
+    "residual": (("post_attention_layernorm", "pre_ff_layernorm"), True),
+    "mlp-input": (("mlp", "block_sparse_moe", "feed_forward"), True),
+    "attention": (("self_attn",), False),
 }
 STATES = tuple(_PLACES)
 
@@ -81,14 +82,15 @@ def watch_state(hooks: ExitStack, layer: nn.Module, state: str, tell: Tell) -> N
     Raises:
         InvalidArgument: The layer has no such part under the name that transformers uses.
     """
-    name, before = _PLACES[state]
-    module = getattr(layer, name, None)
-    if module is None:
+    names, before = _PLACES[state]
+    found = [part for name in names if (part := getattr(layer, name, None)) is not None]
+    if not found:
         raise InvalidArgument(
-            f'{type(layer).__name__} has no {name}, so its state "{state}" cannot be read; use '
-            'policy="next-gate" or policy="on-demand"'
+            f'{type(layer).__name__} has no {" or ".join(names)}, so its state "{state}" cannot be '
+            'read; use policy="next-gate" or policy="on-demand"'
         )
 
+    module: nn.Module = found[0]
     if before:
         watch_input(hooks, module, tell)
         return

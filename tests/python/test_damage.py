@@ -175,7 +175,7 @@ def test_a_model_that_is_damaged_at_random_loads_or_is_refused(good: Path, tmp_p
 def test_many_models_that_are_damaged_at_random_load_or_are_refused(
     good: Path, tmp_path: Path
 ) -> None:
-    check_damaged_models_load_or_are_refused(good, tmp_path / "model", rounds=1500)
+    check_damaged_models_load_or_are_refused(good, tmp_path / "model", rounds=400)
 
 
 def test_a_limit_of_open_files_is_named(good: Path) -> None:

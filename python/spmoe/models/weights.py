@@ -91,8 +91,8 @@ def _open_tensors(checkpoint: Checkpoint, without: Collection[str]) -> dict[str,
     for shard in checkpoint.shards:
         with blaming(
             lambda reason, shard=shard: (  # type: ignore[misc]
-                f"a weight file of {checkpoint.name}, {shard.name}, is damaged or cannot be read ({reason}): "
-                "download the checkpoint again"
+                f"a weight file of {checkpoint.name}, {shard.name}, is damaged or cannot be read "
+                f"({reason}): download the checkpoint again"
             )
         ):
             file = _open(shard)
