@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from os import PathLike
 
 import torch
 
 from spmoe.devices import native_name
 from spmoe.engine import Engine
+from spmoe.estimate import estimate
 from spmoe.expert_memory import free_bytes
-from spmoe.measure import estimate
 from spmoe.memory_plan import plan_memory
 from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
@@ -108,48 +109,46 @@ def load(
         max_context=max_context,
     )
     log.info("%s", plan.describe())
-    costs = layer_map = None
-    if measured:
-        with steps.step("costs", "estimating costs"):
-            fingerprint = Fingerprint.of(
-                target,
-                draft,
-                dtype=loaded.model.dtype,
-                device=device,
-                pinned_memory=pinned_memory,
-                link_gbps=link_gbps,
-            )
-            layer_map = known_layer_map(fingerprint, loaded, drafter)
-            costs = known_costs(fingerprint, loaded.store.blob_bytes) or estimate(
-                loaded,
-                drafter,
+    with ExitStack() as undo:
+        with steps.step("expert memory", f"allocating {plan.describe()}"):
+            runtime = loaded.open_runtime(
                 expert_memory=plan.expert_bytes,
                 device=device,
-                pinned_memory=pinned_memory,
                 link_gbps=link_gbps,
+                policy=policy,
+                eviction=eviction,
+                trace_spans=trace_spans,
+                pinned_memory=pinned_memory,
+                progress=progress,
             )
-    with steps.step("expert memory", f"allocating {plan.describe()}"):
-        runtime = loaded.open_runtime(
-            expert_memory=plan.expert_bytes,
-            device=device,
-            link_gbps=link_gbps,
-            policy=policy,
-            eviction=eviction,
-            trace_spans=trace_spans,
-            pinned_memory=pinned_memory,
-            progress=progress,
+            undo.callback(runtime.close)
+        costs = layer_map = None
+        if measured:
+            with steps.step("costs", "estimating costs"):
+                fingerprint = Fingerprint.of(
+                    target,
+                    draft,
+                    dtype=loaded.model.dtype,
+                    device=device,
+                    pinned_memory=pinned_memory,
+                    link_gbps=link_gbps,
+                )
+                layer_map = known_layer_map(fingerprint, loaded, drafter)
+                costs = known_costs(fingerprint, loaded.store.blob_bytes)
+                if costs is None:
+                    costs = estimate(loaded, drafter, runtime, progress=steps.within)
+        engine = Engine(
+            loaded,
+            tokenizer,
+            runtime,
+            draft=drafter,
+            draft_length=draft_length,
+            costs=costs,
+            layer_map=layer_map,
+            on_close=loaded.store.close,
         )
+        undo.pop_all()
     steps.report("ready", steps.count, steps.count)
-    engine = Engine(
-        loaded,
-        tokenizer,
-        runtime,
-        draft=drafter,
-        draft_length=draft_length,
-        costs=costs,
-        layer_map=layer_map,
-        on_close=loaded.store.close,
-    )
     engine.draft_note = None if drafter is not None else note
     engine.load_seconds = steps.seconds
     engine.memory = plan

@@ -1,11 +1,10 @@
-"""Measuring a pair on this machine: in full for a profile, or roughly as a model is loaded."""
+"""Measuring a pair on this machine, for a profile."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from os import PathLike
@@ -16,9 +15,9 @@ import torch
 from spmoe import layer_map as layer_maps
 from spmoe import probe
 from spmoe.calibration import tokenize_calibration
-from spmoe.config import parse_memory
 from spmoe.costs import Costs
 from spmoe.devices import native_name, resolve_device
+from spmoe.expert_memory import expert_budget
 from spmoe.models.cached import CausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import (
@@ -38,7 +37,6 @@ from spmoe.settings import check_dtype
 ROWS = (1, 2, 3, 5, 9, 17)  # of a verification
 BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once
 
-_ESTIMATE_CONTEXT = 16  # tokens
 _MEASURE_TOKENS = 64  # of the text that layers are measured on
 _LINK_SLOTS = 16  # of the small pool that the link is measured with
 _LOSS_SAMPLES = 5  # a round, of what a prefetch takes: a difference of noisy times
@@ -97,28 +95,6 @@ def make_profile(
     return Profile(costs, spread, fingerprint, layer_map)
 
 
-def estimate(
-    target: TargetModel, draft: CausalLM | None, *, expert_memory: int | str, **options: Any
-) -> Costs:
-    """Return rough costs in about a second; a layer's become true as iterations are observed.
-
-    Arguments as for `measure`; holds no more than ``expert_memory`` meanwhile.
-    """
-    vocabulary = int(target.model.config.get_text_config().vocab_size)
-    tokens = [token % vocabulary for token in range(_ESTIMATE_CONTEXT)]
-    costs, _ = measure(
-        target,
-        draft,
-        tokens,
-        expert_memory=expert_memory,
-        repeats=7,
-        rows=(),
-        batches=(8,),
-        **options,
-    )
-    return costs
-
-
 def measure(
     target: TargetModel,
     draft: CausalLM | None,
@@ -136,13 +112,13 @@ def measure(
     """Measure a pair on this machine, costs taking turns, so that drift hits all alike.
 
     Args:
-        target: If layers are measured, a runtime that is closed by then is attached afterwards.
+        target: A runtime that is closed by then is attached afterwards.
         draft: Perhaps none.
         tokens: A text, longer than the most rows.
         expert_memory: To measure layers in, as for `Runtime`; larger is truer, since their experts
             should be resident.
         repeats: Rounds in which each cost is sampled; what a prefetch takes five times.
-        rows: Of a verification; none: a layer is taken to cost what one of the draft does.
+        rows: Of a verification, at least one count.
         batches: Experts that a layer demands at once.
         device: As for `Runtime`.
         pinned_memory: As for `Runtime`. Only what the link is measured with is held so: experts
@@ -168,24 +144,22 @@ def measure(
             )
         )
         samplers: dict[tuple[str, int], Iterator[float]] = {}
-        work = _read_head(target)
+        work: Callable[[], object] = probe.head_reader(target.model)
         if draft is not None:
             samplers["draft_s", 0] = probe.draft_steps(draft, tokens)
             samplers["draft_token_s", 0] = probe.draft_tokens(draft, tokens)
             work = partial(next, probe.draft_steps(draft, tokens))
-        if rows:
-            runtime = target.open_runtime(
-                expert_memory=expert_memory, device=device, pinned_memory=0, **options
-            )
-            attach(target, pools.enter_context(runtime))
+        runtime = target.open_runtime(
+            expert_memory=expert_memory, device=device, pinned_memory=0, **options
+        )
+        attach(target, pools.enter_context(runtime))
         for at in rows:
             samplers["layer_s", at] = probe.target_layers(target, runtime, tokens, at)
         largest = min(target.store.expert_count, small.stats(by_layer=False)["slots"])
         for at in sorted({min(batch, largest) for batch in batches}):
             samplers["copy_s", at] = probe.copies(small, at)
         samplers["prefetch_s", 0] = probe.losses(small, target.experts_per_token, work)
-        # Five take too long for an estimate.
-        counts = {"prefetch_s": _LOSS_SAMPLES} if rows else {}
+        counts = {"prefetch_s": _LOSS_SAMPLES}
         samples: dict[tuple[str, int], list[float]] = {key: [] for key in samplers}
         for number in range(repeats + 1):
             for key, sampler in samplers.items():
@@ -195,15 +169,13 @@ def measure(
             report("measuring costs", number, repeats)
     medians = {key: statistics.median(values) for key, values in samples.items()}
     # A prefetch that does not pay is worse than none, and this difference is the noisiest sample.
-    medians["prefetch_s", 0] += _standard_error(samples["prefetch_s", 0])
+    medians["prefetch_s", 0] += probe.standard_error(samples["prefetch_s", 0])
     by_name: dict[str, dict[int, float]] = {"layer_s": {}, "copy_s": {}}
     for (name, at), seconds in medians.items():
         by_name.setdefault(name, {})[at] = seconds
-    draft_s = medians.get(("draft_s", 0), 0.0)
-    depth = draft.config.get_text_config().num_hidden_layers if draft is not None else 1
     costs = Costs(
-        draft_s=draft_s,
-        layer_s=by_name["layer_s"] or {1: draft_s / depth},
+        draft_s=medians.get(("draft_s", 0), 0.0),
+        layer_s=by_name["layer_s"],
         copy_s=by_name["copy_s"],
         expert_bytes=target.store.blob_bytes,
         prefetch_s=medians["prefetch_s", 0],
@@ -220,22 +192,8 @@ def _small_pool(target: TargetModel, expert_memory: int | str, **options: Any) -
     store = target.store
     slots = min(_LINK_SLOTS, store.layer_count * store.expert_count // 2)
     wanted = max(slots, target.experts_per_token) * -(-store.blob_bytes // 256) * 256
-    given = parse_memory(expert_memory, store.total_bytes)
+    given = expert_budget(expert_memory, store, resolve_device(str(options["device"])))
     return target.open_runtime(expert_memory=min(wanted, given), policy="sp-moe", **options)
-
-
-def _read_head(target: TargetModel) -> Any:
-    """Return work that reads much memory, as decoding does: the target's own output layer."""
-    model: Any = target.model
-    head = model.get_output_embeddings()
-    state = torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
-    return lambda: int(torch.nn.functional.linear(state, head.weight).argmax())
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Return that of the median, from the interquartile range."""
-    first, _, third = statistics.quantiles(values, n=4)
-    return (third - first) / math.sqrt(len(values))
 
 
 def _spread(values: Sequence[float]) -> float:

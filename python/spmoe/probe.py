@@ -6,8 +6,11 @@ Draft steps, target layers, the link, and what copies take from compute.
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +20,7 @@ from spmoe.models.loading import TargetModel
 from spmoe.runtime import Runtime
 
 _POLL_S = 0.0002
-_MIN_WORK_S = 0.02  # of compute beside copies: shorter is lost in the noise
+MIN_WORK_S = 0.02  # of compute beside copies: shorter is lost in the noise
 
 
 def draft_steps(draft: CausalLM, tokens: Sequence[int]) -> Iterator[float]:
@@ -104,19 +107,26 @@ def copies(runtime: Runtime, batch: int) -> Iterator[float]:
         yield seconds
 
 
-def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object]) -> Iterator[float]:
+def losses(
+    runtime: Runtime,
+    experts_per_token: int,
+    work: Callable[[], object],
+    *,
+    most: int | None = None,
+) -> Iterator[float]:
     """Yield seconds that an expert which arrives meanwhile takes from compute.
 
     Args:
-        runtime: Of the policy "sp-moe", with fewer slots than the model has experts.
+        runtime: Of a policy that prefetches, with fewer slots than the model has experts.
         experts_per_token: The model's top-k.
         work: Some compute, always the same.
+        most: Experts that are prefetched a sample; None: as many as there are slots.
     """
     store = runtime.store
     tour = _tour(runtime, experts_per_token)
     start = time.perf_counter()
     work()
-    times = max(1, round(_MIN_WORK_S / (time.perf_counter() - start)))
+    times = max(1, round(MIN_WORK_S / (time.perf_counter() - start)))
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -127,7 +137,7 @@ def losses(runtime: Runtime, experts_per_token: int, work: Callable[[], object])
     while True:
         alone = seconds()
         before = runtime.stats(by_layer=False)["link_bytes"]
-        _prefetch(runtime, tour, experts_per_token)
+        _prefetch(runtime, tour, experts_per_token, most)
         beside = seconds()
         moved = (runtime.stats(by_layer=False)["link_bytes"] - before) / store.blob_bytes
         _settle(runtime)
@@ -149,6 +159,19 @@ def rates(runtime: Runtime, experts_per_token: int) -> Iterator[float]:
         yield moved / (after["link_busy_s"] - before["link_busy_s"]) / 1e9 if moved else 0.0
 
 
+def head_reader(model: Any) -> Callable[[], object]:
+    """Return work that reads much memory, as decoding does: a model's own output layer."""
+    head = model.get_output_embeddings()
+    state = torch.zeros(1, head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
+    return lambda: int(torch.nn.functional.linear(state, head.weight).argmax())
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return that of the median, from the interquartile range."""
+    first, _, third = statistics.quantiles(values, n=4)
+    return (third - first) / math.sqrt(len(values))
+
+
 def _choose(logits: torch.Tensor) -> None:
     """Take the likeliest tokens, as decoding does: that waits for a device that runs behind."""
     logits.argmax(dim=-1).tolist()
@@ -163,11 +186,15 @@ def _tour(runtime: Runtime, batch: int) -> Iterator[tuple[int, list[int]]]:
 
 
 def _prefetch(
-    runtime: Runtime, tour: Iterator[tuple[int, list[int]]], experts_per_token: int
+    runtime: Runtime,
+    tour: Iterator[tuple[int, list[int]]],
+    experts_per_token: int,
+    most: int | None = None,
 ) -> None:
-    """Have experts of ``tour`` prefetched, as many as there are slots."""
+    """Have experts of ``tour`` prefetched: ``most`` of them, or as many as there are slots."""
     runtime.end_iteration()
-    rounds = runtime.stats(by_layer=False)["slots"] // experts_per_token
+    count = runtime.stats(by_layer=False)["slots"] if most is None else most
+    rounds = count // experts_per_token
     for layer, experts in itertools.islice(tour, rounds):
         scores = torch.zeros(runtime.store.expert_count)
         scores[list(experts)] = 2.0  # selected

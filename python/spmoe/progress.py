@@ -31,6 +31,10 @@ class Steps:
     count: int
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def within(self, description: str, done: int, total: int) -> None:
+        """Report how far the running step is, without an end of its own."""
+        self.report(f"{description}, {done} of {total}", len(self.seconds), self.count)
+
     @contextmanager
     def step(self, name: str, description: str) -> Iterator[None]:
         """Report a step and time the block."""

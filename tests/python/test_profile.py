@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import cli, measure, probe
+from spmoe import cli, loader, probe
 from spmoe.errors import InvalidArgument
 from spmoe.measure import make_profile
 from spmoe.models.loading import load_target
@@ -125,7 +125,7 @@ def test_load_uses_what_is_kept(
     made: Profile, target_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made.save()
-    monkeypatch.setattr(measure, "measure", None)  # would fail if it were called
+    monkeypatch.setattr(loader, "estimate", None)  # would fail if it were called
     with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
         assert engine.planner is not None
         assert engine.planner.costs == made.costs

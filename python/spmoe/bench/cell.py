@@ -12,8 +12,8 @@ import torch
 from spmoe.costs import Costs
 from spmoe.devices import native_name, resolve_device
 from spmoe.engine import Engine
+from spmoe.estimate import estimate
 from spmoe.layer_map import LayerMap
-from spmoe.measure import estimate
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 
@@ -90,9 +90,12 @@ def load_models(
     fingerprint = Fingerprint.of(
         target, draft, dtype=loaded.model.dtype, device=device, link_gbps=link_gbps
     )
-    costs = known_costs(fingerprint) or estimate(
-        loaded, drafter, expert_memory="50%", link_gbps=link_gbps, device=device
-    )
+    costs = known_costs(fingerprint)
+    if costs is None:
+        with loaded.open_runtime(
+            expert_memory="50%", policy="sp-moe", link_gbps=link_gbps, device=device
+        ) as runtime:
+            costs = estimate(loaded, drafter, runtime)
     layer_map = known_layer_map(fingerprint)
     return Models(loaded, load_tokenizer(target), drafter, costs, layer_map, device)
 
