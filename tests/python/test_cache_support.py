@@ -48,6 +48,12 @@ def test_rewinding_leaves_no_trace(family: str, rewind: str, several: bool) -> N
         assert torch.equal(reader.read([token]), alone.read([token]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_is_held_to_its_own_rounding(dtype: torch.dtype) -> None:
+    support = cache_support(build("llama", intermediate_size=96).to(dtype))
+    assert (support.rewind, support.several, support.reason) == ("crop", True, "")
+
+
 def test_a_text_forgotten_past_the_first_pass_is_read_anew() -> None:
     reader = cached(build("qwen3_next"))
     expected = reader.read(TEXT)

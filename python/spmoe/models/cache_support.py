@@ -121,7 +121,9 @@ def _fault(
         raise
     except Exception as error:  # a cache that cannot do what is asked raises one of several
         return f"{type(error).__name__}: {error}"
-    near = torch.allclose(found, expected, rtol=0, atol=_tolerance(expected))
+    # `generate` reports float32, whatever the model computes in.
+    tolerance = _tolerance(expected, model.dtype)
+    near = torch.allclose(found.float(), expected.float(), rtol=0, atol=tolerance)
     return "" if near else "its logits differ"
 
 
@@ -165,6 +167,6 @@ def _rejecting(tokens: Sequence[int], model: CachedCausalLM) -> torch.Tensor:
     return torch.cat([logits, model.read(text[model.length :], last=len(rest))])
 
 
-def _tolerance(logits: torch.Tensor) -> float:
+def _tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
     """Return the difference that rounding may make between passes of one and of several tokens."""
-    return max(1e-4, 16 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())
+    return max(1e-4, 16 * torch.finfo(dtype).eps) * float(logits.abs().max())
