@@ -57,6 +57,8 @@ class Verification:
         total: Prompts.
         faults: Prompts with a difference that rounding does not explain.
         new_tokens: That the target alone wrote.
+        drafted: Tokens that the draft proposed. Where it proposed none, nothing is proved of it.
+        accepted: Of these, accepted.
         dtype: Of the activations.
         first_difference: A fault if there is one; None if there is no difference.
     """
@@ -65,6 +67,8 @@ class Verification:
     total: int
     faults: int
     new_tokens: int
+    drafted: int
+    accepted: int
     dtype: str
     first_difference: Difference | None
 
@@ -89,10 +93,12 @@ class Verification:
         return asdict(self) | {"proved": self.proved}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     tokens: list[int]
     likeliest: list[list[Scored]]  # of each token's row of scores, best first
+    drafted: int = 0
+    accepted: int = 0
 
 
 def verify(
@@ -185,6 +191,7 @@ def verify(
         new_tokens, scores = generate_alone(plain, tokens, count)
         expected.append(_Run(new_tokens, [_likeliest(row) for row in scores]))
         report("the target alone", next(done), total)
+    speculated = found.get("speculation", [])
     differences = list(_differences(expected, found, chosen))
     faults = [difference for difference in differences if not difference.rounding]
     return Verification(
@@ -192,6 +199,8 @@ def verify(
         total=len(prompts),
         faults=len({difference.prompt for difference in faults}),
         new_tokens=sum(len(run.tokens) for run in expected),
+        drafted=sum(run.drafted for run in speculated),
+        accepted=sum(run.accepted for run in speculated),
         dtype=str(chosen).removeprefix("torch."),
         first_difference=next(iter(faults + differences), None),
     )
@@ -200,6 +209,8 @@ def verify(
 def _collect(iterations: Iterable[speculative.Iteration], ends: frozenset[int]) -> _Run:
     run = _Run([], [])
     for iteration in iterations:
+        run.drafted += iteration.drafted
+        run.accepted += iteration.accepted
         for token, scores in zip(iteration.tokens, iteration.logits, strict=True):
             run.tokens.append(token)
             run.likeliest.append(_likeliest(scores))

@@ -26,6 +26,7 @@ def test_the_engine_is_compared_with_generate(target_path: Path, draft_path: Pat
     outcome = spmoe.verify(target_path, draft_path, PROMPTS, max_new_tokens=8, expert_memory="50%")
     assert (outcome.identical, outcome.total, outcome.faults) == (2, 2, 0)
     assert outcome.new_tokens == 16
+    assert outcome.drafted > outcome.accepted >= 0
     assert outcome.proved == "the engine's tokens are those of the target alone"
     assert outcome.first_difference is None
 

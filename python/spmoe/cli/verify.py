@@ -68,7 +68,8 @@ def verify(prompts: int | None, prompts_file: Path | None, **flags: Any) -> None
     else:
         click.echo(
             f"{outcome.identical} of {outcome.total} identical in {outcome.dtype}, "
-            f"{outcome.new_tokens} tokens: {outcome.proved}"
+            f"{outcome.new_tokens} tokens, {outcome.accepted} of {outcome.drafted} drafted "
+            f"accepted: {outcome.proved}"
         )
         if outcome.first_difference is not None:
             click.echo(f"first difference: {json.dumps(outcome.as_dict()['first_difference'])}")
