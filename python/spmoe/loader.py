@@ -15,6 +15,7 @@ from spmoe.expert_memory import free_bytes
 from spmoe.memory_plan import plan_memory
 from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
+from spmoe.out_of_memory import out_of_memory
 from spmoe.pairing import check_pairing
 from spmoe.planner import PLANNED
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
@@ -22,6 +23,10 @@ from spmoe.progress import Progress, Steps, silent
 from spmoe.settings import check_dtype, check_settings
 
 log = logging.getLogger("spmoe")
+
+_SMALLER_TARGET = 'use dtype="bfloat16", or a device with more memory'
+_SMALLER_DRAFT = "use a smaller draft, or none"
+_LESS_EXPERT_MEMORY = "lower expert_memory, or use a smaller draft"
 
 
 def load(
@@ -86,13 +91,19 @@ def load(
     free_before = free_bytes(place)
     measured = policy in PLANNED or (draft_length == "auto" and draft is not None)
     steps = Steps(progress or silent, 2 + (draft is not None) + measured)
-    with steps.step("target", "loading the target without its experts"):
+    with (
+        steps.step("target", "loading the target without its experts"),
+        out_of_memory(f"{target} without its experts", _SMALLER_TARGET),
+    ):
         loaded = load_target(target, dtype=check_dtype(dtype), device=place)
         tokenizer = load_tokenizer(target)
         cache_support(loaded.model)  # a model that cannot run says so before memory is filled
     drafter, note = None, "no draft model"
     if draft is not None:
-        with steps.step("draft", "loading the draft"):
+        with (
+            steps.step("draft", "loading the draft"),
+            out_of_memory(f"the draft {draft}", _SMALLER_DRAFT),
+        ):
             drafter = load_draft(draft, device=place)
             check_pairing(tokenizer, load_tokenizer(draft), loaded.model.config, drafter.config)
         if reason := why_not_draft(loaded.model, drafter):
@@ -109,7 +120,7 @@ def load(
         max_context=max_context,
     )
     log.info("%s", plan.describe())
-    with ExitStack() as undo:
+    with out_of_memory("the pass that measures the pair", _LESS_EXPERT_MEMORY), ExitStack() as undo:
         with steps.step("expert memory", f"allocating {plan.describe()}"):
             runtime = loaded.open_runtime(
                 expert_memory=plan.expert_bytes,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import spmoe
+from spmoe import loader
 
 
 def test_every_step_of_loading_is_reported_and_timed(target_path: Path) -> None:
@@ -67,3 +68,29 @@ def test_every_setting_is_checked_before_a_model_is_read(
     ):
         with pytest.raises(spmoe.InvalidArgument, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("load_target", r"without its experts does not fit.*dtype=\"bfloat16\""),
+        ("load_draft", r"the draft .* does not fit in memory .*use a smaller draft"),
+        ("estimate", r"does not fit in memory \(torch is full\); lower expert_memory"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("torch is full"), MemoryError("torch is full")]
+)
+def test_every_step_that_is_out_of_memory_says_what_to_do(
+    target_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    message: str,
+    error: Exception,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loader, name, fail)
+    with pytest.raises(spmoe.OutOfMemory, match=message):
+        spmoe.load(target_path, target_path, expert_memory="50%")
