@@ -20,6 +20,7 @@ from spmoe.memory_plan import MemoryPlan, longest_chunk, plan_memory, weight_byt
 from spmoe.models.loading import load_target
 from spmoe.models.shapes import ModelShape
 from spmoe.out_of_memory import out_of_memory
+from spmoe.runtime import Runtime
 
 GIB = 1 << 30
 HOST = torch.device("cpu")
@@ -316,7 +317,9 @@ class TestLoad:
         assert line in caplog.text
         assert f"allocating {line}" in reported
 
-    def test_what_fits_is_given(self, target_path: Path, free: Any) -> None:
+    def test_what_fits_is_given_and_prompts_are_read_in_chunks_that_fit(
+        self, target_path: Path, free: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         target = load_target(target_path)
         said = ModelShape.of(target.model)
         blob = target.store.blob_bytes
@@ -326,7 +329,23 @@ class TestLoad:
             slots = engine.runtime.stats(by_layer=False)["slots"]
             assert slots < target.store.layer_count * target.store.expert_count
             assert slots in (9, 10)
-            assert len(engine.generate("Hello", max_new_tokens=2).token_ids) == 2
+            assert engine.prompt_chunk == 32
+            read: list[int] = []
+            forward = Runtime.forward
+
+            def count(runtime: Runtime, layer: int, x: Any, *choices: Any) -> Any:
+                read.append(len(x))
+                return forward(runtime, layer, x, *choices)
+
+            monkeypatch.setattr(Runtime, "forward", count)
+            prompt = list(range(100))
+            chunked = engine.generate(prompt, max_new_tokens=8).token_ids
+            layers = target.store.layer_count
+            assert read[: 4 * layers] == [*[32] * 3 * layers, *[4] * layers]
+        free(host=20 * GIB)
+        with spmoe.load(target_path, policy="on-demand") as engine:
+            assert engine.prompt_chunk is None
+            assert engine.generate(prompt, max_new_tokens=8).token_ids == chunked
 
     def test_a_size_past_the_model_is_cut_and_shown_so(self, target_path: Path) -> None:
         with spmoe.load(target_path, expert_memory="900GiB", policy="on-demand") as engine:
