@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import spmoe
 from families import FAMILIES
-from spmoe import expert_memory
+from spmoe import expert_memory, pinned
 from spmoe.expert_memory import expert_budget, free_bytes, reserve_bytes, slot_bytes
 from spmoe.memory_plan import MemoryPlan, longest_chunk, plan_memory, weight_bytes
 from spmoe.models.loading import load_target
 from spmoe.models.shapes import ModelShape
 from spmoe.out_of_memory import out_of_memory
+from spmoe.pinned import pinned_budget
 from spmoe.runtime import Runtime
 
 GIB = 1 << 30
@@ -35,6 +36,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
         memory = expert_memory.read_memory()
         told = type(memory)(**{**_fields(memory), "usable_bytes": host})
         monkeypatch.setattr(expert_memory, "read_memory", lambda: told)
+        monkeypatch.setattr(pinned, "read_memory", lambda: told)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (device, 80 * GIB))
 
     return say
@@ -203,6 +205,23 @@ class TestBudget:
         found = free_bytes(HOST)
         assert found is not None
         assert found > 0
+
+
+class TestPinned:
+    def test_a_size_is_never_more_than_all_experts(self, free: Any) -> None:
+        free(host=10**9)
+        assert pinned_budget("900GiB", 10**6, HOST) == 10**6
+        assert pinned_budget("50%", 10**6, GPU) == 10**6 // 2
+        assert pinned_budget("auto", 10**6, GPU) == 10**6
+        assert pinned_budget("auto", 10**6, HOST) == 0
+
+    def test_more_than_is_available_is_refused_with_both(self, free: Any) -> None:
+        free(host=GIB)
+        assert pinned_budget("auto", 3 * GIB, GPU) < GIB
+        with pytest.raises(
+            spmoe.OutOfMemory, match=r"pinned_memory of 3.0 GiB asked, but 1.0 GiB of RAM"
+        ):
+            pinned_budget("100%", 3 * GIB, GPU)
 
 
 class TestPlan:
