@@ -93,6 +93,7 @@ class Engine(Closeable):
         self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
         self._limits: Limits | None = None  # of the running iteration
         self._covered_rows = 0  # of the running verification, which the draft predicted for
+        self._reread_rows = 0  # before these, which the target has read before
         self.prompt_chunk: int | None = None  # tokens of a pass over the prompt; None: all in one
         self.draft_note: str | None = None if draft is not None else "no draft model"
         self._predictions_failed = False
@@ -181,13 +182,16 @@ class Engine(Closeable):
             fixed = 0 if draft_length == "auto" else draft_length
             length = fixed if adaptive is None else adaptive.choose(backlog, left)
             self._set_limits(length if drafter is not None else 0)
+            if drafter is not None:
+                self._reread_rows = backlog + drafter.length - target.length
             return length
 
+        target = cached(self.target.model)
         self.runtime.begin_request()
         counters: dict[str, Any] | None = None
         finite = True
         iterations = speculative.decode(
-            cached(self.target.model),
+            target,
             drafter,
             tokens,
             draft_length=choose,
@@ -280,7 +284,7 @@ class Engine(Closeable):
                 predictor.target_predictions(
                     self.target,
                     report,
-                    first_row=lambda: self._covered_rows,
+                    first_row=self._first_uncovered_row,
                     wanted=self._predicts,
                     on_error=self._stop_predicting,
                 )
@@ -308,6 +312,9 @@ class Engine(Closeable):
                 type(error).__name__,
                 error,
             )
+
+    def _first_uncovered_row(self) -> int:
+        return self._reread_rows + self._covered_rows if self._covered_rows else 0
 
     def _reads_last(self) -> bool:
         return self._limits is not None and self._limits.read_last
