@@ -134,7 +134,8 @@ def verify(
         dtype: As for `load`.
         device: As for `load`; the plain model runs on the host.
         pinned_memory: As for `load`.
-        progress: Called after each text with a description, and done of total.
+        progress: Called as things are loaded and after each text, with a description, and done of
+            total.
 
     Raises:
         InvalidArgument: There is no prompt, so that nothing would be proved; and as for `load`.
@@ -159,6 +160,7 @@ def verify(
         dtype=dtype,
         device=device,
         pinned_memory=pinned_memory,
+        progress=progress,
     ) as engine:
         encoded = [engine.encode(prompt) for prompt in prompts]
         ends = engine.target.end_token_ids
