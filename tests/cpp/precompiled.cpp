@@ -1,0 +1,1 @@
+// Only for the precompiled headers that all tests share.
