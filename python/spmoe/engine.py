@@ -150,6 +150,7 @@ class Engine(Closeable):
             InvalidArgument: The prompt is empty or longer than the model's context, or an argument
                 is wrong.
             DeviceError: An expert could not be read. The engine stays usable.
+            CheckpointError: A file of the target was written to after it was loaded.
         """
         return Request(
             self,

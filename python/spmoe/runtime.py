@@ -251,6 +251,9 @@ class Runtime(Closeable):
         """Tell that another text begins, for policies that compare requests.
 
         An iteration that the text before left open, because it failed or was given up, ends here.
+
+        Raises:
+            CheckpointError: A file of the store was written to after it was opened.
         """
         self._native.begin_request()
 
