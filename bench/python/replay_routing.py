@@ -215,6 +215,7 @@ def _run(
             pinned_memory=flags["pinned_memory"],
             link_gbps=link_gbps,
             policy=policy,
+            eviction="auto",
         )
 
     links = [float(gbps) for gbps in flags["link_gbps"].split(",")]

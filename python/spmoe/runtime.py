@@ -75,7 +75,8 @@ class Runtime(Closeable):
             it goes.
         policy: What is prefetched: one of `POLICIES`.
         eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that goes with the
-            policy.
+            policy. None is "predicted-use" for "on-demand", the one of least traffic without
+            predictions (bench/results/evictions-8x.md), and "auto" for the other policies.
         trace_spans: The latest spans of time to keep for `spans`; 0 means none.
         progress: Called as page-locked memory is filled, with a description, and done of total.
 
@@ -102,7 +103,7 @@ class Runtime(Closeable):
         copy_threads: int = 2,
         link_gbps: float = 0.0,
         policy: str = "on-demand",
-        eviction: str = "auto",
+        eviction: str | None = None,
         trace_spans: int = 0,
         pinned_memory: int | str = "auto",
         progress: Progress | None = None,
@@ -122,7 +123,11 @@ class Runtime(Closeable):
             "copy_threads": whole_number("copy_threads", copy_threads, 1, _MOST_THREADS),
             "link_gbps": real_number("link_gbps", link_gbps),
             "policy": choice("policy", policy, POLICIES),
-            "eviction": choice("eviction", eviction, ("auto", *EVICTIONS)),
+            "eviction": choice(
+                "eviction",
+                _default_eviction(policy) if eviction is None else eviction,
+                ("auto", *EVICTIONS),
+            ),
             "trace_spans": whole_number("trace_spans", trace_spans, 0, _MOST_SPANS),
         }
         self.store = store
@@ -432,6 +437,11 @@ class Runtime(Closeable):
         layer, experts = call
         last = self.store.expert_count - 1
         return self._check_layer(layer), [whole_number("expert", e, 0, last) for e in experts]
+
+
+def _default_eviction(policy: str) -> str:
+    # Without predictions its scores are frequencies, and a layer that has just run leaves first.
+    return "predicted-use" if policy == "on-demand" else "auto"
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

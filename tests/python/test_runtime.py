@@ -64,7 +64,7 @@ NOT_A_LAYER: tuple[Any, ...] = (-1, 3, 65536, 1 << 64, 1.0, 1.5, None, "1", True
         ("copy_threads", (0, -1, 100_000, 1 << 40, 2.0, None)),
         ("link_gbps", (-1, -1e-300, 1e-300, 9e-7, float("nan"), float("inf"), 10**400, "1", None)),
         ("policy", ("bogus", None, 1)),
-        ("eviction", ("bogus", None, 1)),
+        ("eviction", ("bogus", "", 1)),
         ("trace_spans", (-1, 1 << 62, 1.5, None)),
         ("pinned_memory", (-1, "much", "9" * 400, None)),
         ("progress", (1, "yes")),
@@ -76,6 +76,46 @@ def test_a_wrong_setting_is_refused_by_its_name(
     for value in wrong:
         with pytest.raises(spmoe.InvalidArgument, match=rf"{option}\b.*(give|use|is not one of)"):
             open_runtime(store, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("on-demand", "predicted-use")),
+        ({"policy": "on-demand"}, ("on-demand", "predicted-use")),
+        ({"policy": "on-demand", "eviction": "auto"}, ("on-demand", "lru")),
+        ({"policy": "sp-moe"}, ("sp-moe", "lru")),
+        ({"policy": "oracle"}, ("oracle", "belady")),
+        ({"eviction": "lfu"}, ("on-demand", "lfu")),
+    ],
+)
+def test_the_default_eviction_is_the_best_one_only_where_no_baseline_is_asked_for(
+    store: Any, settings: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    with open_runtime(store, **settings) as runtime:
+        stats = runtime.stats()
+    assert (stats["policy"], stats["eviction"]) == expected
+
+
+def test_the_default_eviction_moves_less_than_lru_where_passes_repeat(store: Any) -> None:
+    def bytes_moved(eviction: str | None) -> int:
+        generator = torch.Generator().manual_seed(3)
+        with open_runtime(store, expert_memory="50%", eviction=eviction) as runtime:
+            for _ in range(20):
+                for layer in range(store.layer_count):
+                    # Experts 0 to 2 as a rule, any others at times: plain decoding.
+                    likely = torch.tensor([6.0, 6.0, 6.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+                    index = torch.multinomial(likely, TOP_K, generator=generator)[None]
+                    runtime.forward(layer, torch.ones(1, store.hidden), index, torch.ones(1, TOP_K))
+                runtime.end_iteration()
+            return int(runtime.stats()["link_bytes"])
+
+    assert bytes_moved(None) < 0.8 * bytes_moved("lru")
+
+
+def test_a_baseline_of_load_keeps_its_published_eviction(target_path: Path) -> None:
+    with spmoe.load(target_path, expert_memory="50%", policy="on-demand") as engine:
+        assert engine.runtime.stats()["eviction"] == "lru"
 
 
 @pytest.mark.parametrize("wrong", [None, "model.safetensors", Path(), object()])
