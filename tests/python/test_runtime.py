@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,31 @@ def test_a_closed_runtime_answers_only_stats(store: Any, call: dict[str, Any]) -
         with pytest.raises(spmoe.Error, match="this Runtime is closed"):
             refused()
     assert runtime.stats()["link_bytes"] == bytes_moved
+
+
+def test_other_threads_run_while_a_runtime_goes(store: Any) -> None:
+    runtime = open_runtime(store, policy="next-gate", link_gbps=1e-4)
+    runtime.predict(0, np.ones(8))  # a copy takes a quarter of a second
+    going, runs = True, 0
+
+    def run() -> None:
+        nonlocal runs
+        while going:
+            Path("/").stat()  # lets the GIL go
+            runs += 1
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(30)  # nobody takes it away
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        before = runs
+        del runtime
+        assert runs > before
+    finally:
+        going = False
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def open_files(folder: Path) -> int:
