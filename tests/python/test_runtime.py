@@ -293,8 +293,9 @@ def test_a_closed_runtime_answers_only_stats(store: Any, call: dict[str, Any]) -
 
 
 def test_other_threads_run_while_a_runtime_goes(store: Any) -> None:
-    runtime = open_runtime(store, policy="next-gate", link_gbps=1e-4)
-    runtime.predict(0, np.ones(8))  # a copy takes a quarter of a second
+    runtime = open_runtime(store, policy="horizon", link_gbps=2e-4)
+    runtime.predict(0, np.full(8, 2.0))
+    assert runtime.stats()["link_busy_s"] > 0  # an eighth of a second a copy
     going, runs = True, 0
 
     def run() -> None:
