@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import spmoe
 from spmoe.cli.progress import progress_bar
 from spmoe.models.cache_support import cache_support
-from spmoe.models.loading import load_plain
+from spmoe.models.loading import load_plain, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "python"))
 from families import ALL_FAMILIES, make_checkpoint, make_dense_draft
@@ -57,11 +57,13 @@ def main(new_tokens: int, draft_length: int, family: tuple[str, ...], md: Path |
     rows = []
     names = family or tuple(ALL_FAMILIES)
     with tempfile.TemporaryDirectory() as folder, progress_bar(quiet=False) as progress:
-        dense = make_dense_draft(Path(folder) / "dense")
         for number, name in enumerate(names):
             progress(name, number, len(names))
             target = make_checkpoint(name, Path(folder) / name)
             copy = forgetful_copy(name, Path(folder) / f"{name}-draft")
+            dense = make_dense_draft(Path(folder) / f"{name}-dense")
+            # Some families' tokenizer classes add a token of their own.
+            load_tokenizer(target).save_pretrained(dense)
             outcomes = [
                 spmoe.verify(
                     target,

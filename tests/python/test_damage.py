@@ -69,6 +69,7 @@ def test_a_file_that_is_no_json_object_is_named(model: Path, file: str, text: st
     ("field", "value"),
     [
         ("num_local_experts", "8"),
+        ("num_hidden_layers", 10**9),
         ("num_local_experts", -1),
         ("num_experts_per_tok", 99),
         ("hidden_size", 0),

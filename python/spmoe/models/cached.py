@@ -17,6 +17,9 @@ from spmoe.models.snapshot import copied_state, restore_state
 
 CausalLM = PreTrainedModel
 
+# The argument of a pass that is its cache: since transformers 5.24, before it, and in mamba before.
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
 
 @dataclass(frozen=True, slots=True)
 class CacheSupport:
@@ -53,8 +56,9 @@ class CachedCausalLM:
         self._model = model
         self._support = support
         parameters = inspect.signature(model.forward).parameters
-        # transformers renamed the argument in 5.24.
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = next(
+            (name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0]
+        )
         self._can_keep = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
         self._cache: Any = self._new_cache()

@@ -24,7 +24,7 @@ from spmoe.models.experts import (
 )
 from spmoe.models.linear import quicken
 from spmoe.models.pretrained import build_empty, read_tokenizer
-from spmoe.models.weights import read_model
+from spmoe.models.weights import check_depth, read_model
 from spmoe.runtime import Runtime
 from spmoe.settings import DTYPES, check_dtype
 from spmoe.store import open_store
@@ -99,6 +99,7 @@ def load_target(
     name = fspath(path)
     checkpoint = find_checkpoint(path)
     config = checkpoint.config
+    check_depth(checkpoint)
     with without_experts(config):
         empty = build_empty(name, config)
     layers = find_layers(empty)
@@ -188,6 +189,7 @@ def load_plain(path: str | PathLike[str], *, dtype: torch.dtype | None = None) -
 
 
 def _load_whole(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    check_depth(checkpoint)
     model_class = type(build_empty(checkpoint.name, checkpoint.config))
     model, _ = read_model(checkpoint, model_class, dtype=dtype, experts_implementation="eager")
     return model

@@ -84,6 +84,23 @@ def read_model(
     return model.eval().requires_grad_(False), report["unexpected_keys"]
 
 
+def check_depth(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration of more layers than the files hold tensors.
+
+    Without this, a damaged number would keep transformers building layers for ever.
+
+    Raises:
+        CheckpointError: It asks for more.
+    """
+    layers = getattr(checkpoint.config.get_text_config(), "num_hidden_layers", None)
+    count = len(_open_tensors(checkpoint, ()))
+    if isinstance(layers, int) and layers > count:
+        raise CheckpointError(
+            f"config.json of {checkpoint.name} asks for {layers} layers (num_hidden_layers), but "
+            f"its weight files hold {count} tensors in all: download the checkpoint again"
+        )
+
+
 def _open_tensors(checkpoint: Checkpoint, without: Collection[str]) -> dict[str, Any]:
     """Return every tensor but some, by name, each read as transformers slices it."""
     left_out = set(without)
