@@ -112,6 +112,11 @@ def test_every_script_is_run_here() -> None:
     assert all(f'"{script.name}"' in text for script in BENCHES.glob("*.py"))
 
 
+def test_verify_families() -> None:
+    printed = run("verify_families.py", "--family", "mixtral", "-n", 4)
+    assert "mixtral" in printed
+
+
 def test_linear_rows(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     printed = run("linear_rows.py", "--shapes", "8x16", "--mib", 0, "--repeats", 1, "--json", file)
