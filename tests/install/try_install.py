@@ -125,6 +125,10 @@ CUDA_ON = "CMAKE_CUDA_ARCHITECTURES=90-real"
 
 def main(wanted: list[str]) -> int:
     """Try every interpreter; return 0 if nothing failed and one of them wrote text."""
+    own = str(Path(sys.executable).parent)  # with tools that a user's machine may lack
+    os.environ["PATH"] = os.pathsep.join(
+        folder for folder in os.environ["PATH"].split(os.pathsep) if folder != own
+    )
     failed = wrote = False
     with tempfile.TemporaryDirectory() as scratch:
         sys.path.insert(0, str(ROOT / "tests" / "python"))
