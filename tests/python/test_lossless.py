@@ -211,11 +211,14 @@ class TestWhatGenerateDoesAroundForward:
         (warning,) = [record for record in caplog.records if record.name == "spmoe"]
         assert "generation_config.json of the target asks for num_beams=4" in warning.getMessage()
 
-    @pytest.mark.parametrize("prompt_length", [40, 63, 64, 65, 70])
+    @pytest.mark.parametrize(
+        ("prompt_length", "window"), [(40, None), (63, 16), (64, None), (65, None), (70, None)]
+    )
     def test_frequencies_that_switch_with_the_length(
-        self, tmp_path: Path, prompt_length: int
+        self, tmp_path: Path, prompt_length: int, window: int | None
     ) -> None:
         config = ALL_FAMILIES["phimoe"]()
+        config.sliding_window = window
         config.original_max_position_embeddings = 64
         config.rope_parameters = {
             "rope_type": "longrope",
@@ -234,6 +237,10 @@ class TestWhatGenerateDoesAroundForward:
                 tokens, drafted, accepted = written(engine, draft_length, prompt, 40)
                 assert tokens == expected
             assert accepted > drafted / 2
+            spoil(engine, expected)
+            tokens, drafted, accepted = written(engine, 4, prompt, 40)
+            assert tokens == expected
+            assert accepted < drafted
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next", "minimax"])

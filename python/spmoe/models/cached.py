@@ -78,8 +78,12 @@ class CachedCausalLM:
         """Return how many tokens one pass may read behind ``length`` tokens of text.
 
         With more, the pass would give the first ``length`` tokens other values than ``generate``
-        gives them (longrope switches its frequencies by the length that a pass reaches).
+        gives them (longrope switches its frequencies by the length that a pass reaches). The pass
+        that reads the text anew after such a switch has room for none: sliding windows of a new
+        cache keep no past to rewind to.
         """
+        if any(self.length <= switch < length for switch in self._switches):
+            return 0
         later = [switch - length for switch in self._switches if switch >= length]
         return min(later, default=math.inf)
 
