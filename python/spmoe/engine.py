@@ -15,7 +15,7 @@ from spmoe.closeable import Closeable, at_work
 from spmoe.config import check_draft_length, format_bytes
 from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
-from spmoe.errors import Error, InvalidArgument
+from spmoe.errors import InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.memory_plan import MemoryPlan
 from spmoe.metrics import Metrics
@@ -265,9 +265,13 @@ class Engine(Closeable):
         sources = predictor.SOURCES.get(self.runtime.policy, ())
         target_source: Literal["draft", "target"] = "target"
         if "draft" in sources and self.draft is not None:
+            mismatch = predictor.draft_mismatch(self.target, self.draft)
+            layer_map = self.layer_map if mismatch else None
+            if layer_map is not None:
+                layer_map.check(self.target, self.draft)
             try:
-                self._hooks.enter_context(self._draft_predictions(self.draft))
-            except Error as error:
+                self._hooks.enter_context(self._draft_predictions(self.draft, layer_map))
+            except Exception as error:  # of the models' code
                 log.warning(
                     "the draft's states cannot predict experts (%s): they are predicted inside "
                     "the target instead",
@@ -290,16 +294,17 @@ class Engine(Closeable):
                     on_error=self._stop_predicting,
                 )
             )
-        except Error as error:
+        except Exception as error:  # of the models' code
             self._stop_predicting(error)
 
-    def _draft_predictions(self, draft: CausalLM) -> AbstractContextManager[None]:
-        mismatch = predictor.draft_mismatch(self.target, draft)
+    def _draft_predictions(
+        self, draft: CausalLM, layer_map: LayerMap | None
+    ) -> AbstractContextManager[None]:
         return predictor.draft_predictions(
             self.target,
             draft,
             self._report_draft,
-            layer_map=self.layer_map if mismatch else None,
+            layer_map=layer_map,
             wanted=self._predicts,
             on_error=self._stop_predicting,
         )

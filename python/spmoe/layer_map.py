@@ -81,6 +81,15 @@ class LayerMap:
                 return f"it was fitted for {what} {found}, this pair has {wanted}"
         return None
 
+    def check(self, target: HasMoeLayers, draft: Any) -> None:
+        """Check that the map is of this pair.
+
+        Raises:
+            InvalidArgument: It is not.
+        """
+        if stale := self.mismatch(target, draft):
+            raise InvalidArgument(f"the layer map is stale: {stale}; run `spmoe profile` again")
+
     def save(self, path: str | PathLike[str], pair: str) -> None:
         """Write the map as a safetensors file, whole or not at all.
 

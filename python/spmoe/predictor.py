@@ -59,7 +59,7 @@ def draft_mismatch(target: HasMoeLayers, draft: Any) -> str | None:
     """Return why the draft's layers do not stand for the target's, None if they do."""
     ours, theirs = (model.config.get_text_config() for model in (target.model, draft))
     for what, name in (("layers", "num_hidden_layers"), ("hidden size", "hidden_size")):
-        wanted, found = getattr(ours, name), getattr(theirs, name)
+        wanted, found = getattr(ours, name), getattr(theirs, name, None)
         if wanted != found:
             return f"the draft has {what} {found}, the target {wanted}"
     return None
@@ -91,8 +91,7 @@ def draft_readers(
     check_state(state)
     layers = decoder_layers(draft)
     if layer_map is not None:
-        if stale := layer_map.mismatch(target, draft):
-            raise InvalidArgument(f"the layer map is stale: {stale}; run `spmoe profile` again")
+        layer_map.check(target, draft)
         return [
             DraftReader(layers[number], MAPPED_STATE, partial(layer_map.scores, ordinal))
             for ordinal, number in enumerate(layer_map.draft_layers)

@@ -51,8 +51,17 @@ class HasMoeLayers(Protocol):
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
-    """Return the decoder layers of a transformers model, in order."""
-    layers: Sequence[nn.Module] = model.get_decoder().layers
+    """Return the decoder layers of a transformers model, in order.
+
+    Raises:
+        InvalidArgument: The model keeps them under another name than most.
+    """
+    layers: Sequence[nn.Module] | None = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise InvalidArgument(
+            f"{type(model).__name__} has no decoder layers under the name that transformers uses, "
+            'so its states cannot be read; use policy="next-gate" or policy="on-demand"'
+        )
     return layers
 
 

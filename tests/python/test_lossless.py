@@ -98,6 +98,7 @@ class TestDraftsOfEveryKind:
             ("llama", {"intermediate_size": 96, "num_hidden_layers": 1}),
             ("qwen3_5_text", {"intermediate_size": 96, **LINEAR_ATTENTION}),
             ("mamba", {"state_size": 8, "time_step_rank": 4}),
+            ("falcon", {}),  # names its layers as few families do
         ],
     )
     def test_its_architecture(
