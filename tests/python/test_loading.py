@@ -237,10 +237,15 @@ def test_on_cuda_a_target_keeps_the_dtype_of_its_checkpoint(
     assert moved[0] == gpu
 
 
-def test_end_tokens_come_from_the_generation_config_first(broken: Path) -> None:
+def test_end_tokens_are_those_of_generate(broken: Path) -> None:
+    settings = broken / "generation_config.json"
     assert load_target(broken).end_token_ids == {257}
-    (broken / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    settings.write_text('{"eos_token_id": [3, 5]}')
     assert load_target(broken).end_token_ids == {3, 5}
+    settings.write_text('{"bos_token_id": 256}')  # config.json has an end, but `generate` has none
+    assert load_target(broken).end_token_ids == frozenset()
+    settings.unlink()
+    assert load_target(broken).end_token_ids == {257}
 
 
 def test_models_built_afterwards_have_their_experts(good: Path) -> None:

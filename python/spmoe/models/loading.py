@@ -264,10 +264,9 @@ def _experts_per_token(name: str, config: PreTrainedConfig, experts: int) -> int
 
 
 def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens at which ``generate`` ends a text: its own settings alone count."""
     generation: Any = model.generation_config
-    ends = generation.eos_token_id if generation is not None else None
-    if ends is None:
-        ends = model.config.get_text_config().eos_token_id
+    ends = generation.eos_token_id
     if ends is None:
         return frozenset()
     return frozenset([ends] if isinstance(ends, int) else ends)
