@@ -13,6 +13,7 @@ import torch
 
 from families import make_checkpoint, make_dense_draft
 from spmoe.cli import main
+from spmoe.config import default_cache
 from spmoe.devices import cuda_status
 
 
@@ -32,6 +33,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache folder, which only tests of the built-in pair use: making it takes long.
+
+    All others have an empty one, since a profile that was kept would change what engines do.
+    """
+    kept = default_cache()
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("SPMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield kept
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,10 @@ def test_bytes_are_shown_in_binary_units() -> None:
     ]
 
 
+def test_tests_leave_the_cache_of_the_user_alone(user_cache: Path) -> None:
+    assert default_cache() != user_cache
+
+
 def test_the_cache_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPMOE_CACHE", "/a")
     assert default_cache() == Path("/a")

@@ -385,8 +385,8 @@ NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request: pytest.FixtureRequest) -> Pair:
-    return ensure_pair(request.param)
+def pair(request: pytest.FixtureRequest, user_cache: Path) -> Pair:
+    return ensure_pair(request.param, cache_dir=user_cache)
 
 
 @pytest.fixture(scope="module")
