@@ -27,6 +27,7 @@ _UNITS = {
 }
 
 
+_LEAST_LINK_GBPS = 1e-6  # as `Runtime` takes
 _MAX_BYTES = (1 << 63) - 1  # of any amount: sizes are 64 bits wide
 
 
@@ -111,14 +112,14 @@ def check_link_gbps(link_gbps: float) -> float:
     """Return ``link_gbps``, 10^9 bytes a second, 0 for as fast as it goes.
 
     Raises:
-        InvalidArgument: It is negative, not finite or not a number.
+        InvalidArgument: It is under 1e-6 and not 0, not finite or not a number.
     """
     if isinstance(link_gbps, bool) or not isinstance(link_gbps, (int, float)):
         raise InvalidArgument(f"link_gbps must be a number, got {_shown(link_gbps)}")
-    if not 0 <= link_gbps < math.inf:
+    if link_gbps != 0 and not _LEAST_LINK_GBPS <= link_gbps < math.inf:
         raise InvalidArgument(
-            f"link_gbps must be 0 (as fast as it goes) or a rate in 10^9 bytes a second, "
-            f"got {link_gbps}"
+            f"link_gbps must be 0 (as fast as it goes) or at least {_LEAST_LINK_GBPS:g} (10^9 "
+            f"bytes a second), got {link_gbps}"
         )
     return link_gbps
 

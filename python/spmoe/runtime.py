@@ -42,7 +42,7 @@ _INDEX_DTYPES = frozenset(
 # Bounds that no machine reaches and that the native types hold.
 _MOST_BYTES = (1 << 63) - 1
 _MOST_THREADS = 1024
-_MOST_SPANS = 1 << 24
+MOST_SPANS = 1 << 24
 _MOST_COUNT = (1 << 32) - 1
 
 
@@ -128,7 +128,7 @@ class Runtime(Closeable):
                 _default_eviction(policy) if eviction is None else eviction,
                 ("auto", *EVICTIONS),
             ),
-            "trace_spans": whole_number("trace_spans", trace_spans, 0, _MOST_SPANS),
+            "trace_spans": whole_number("trace_spans", trace_spans, 0, MOST_SPANS),
         }
         self.store = store
         self.policy = policy

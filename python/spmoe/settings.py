@@ -14,9 +14,8 @@ from spmoe.config import (
 )
 from spmoe.devices import resolve_device
 from spmoe.errors import InvalidArgument
-from spmoe.runtime import EVICTIONS, POLICIES
+from spmoe.runtime import EVICTIONS, MOST_SPANS, POLICIES
 
-_MAX_SPANS = 1 << 26  # some 3 GB of them
 _MAX_CONTEXT = 1 << 30  # tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +48,7 @@ def check_settings(
     check_choice("policy", policy, POLICIES)
     check_choice("eviction", eviction, ("auto", *EVICTIONS))
     check_link_gbps(link_gbps)
-    check_count("trace_spans", trace_spans, least=0, most=_MAX_SPANS)
+    check_count("trace_spans", trace_spans, least=0, most=MOST_SPANS)
     if max_context is not None:
         check_count("max_context", max_context, least=1, most=_MAX_CONTEXT)
     check_dtype(dtype)
