@@ -27,6 +27,8 @@ _UNITS = {
 }
 
 
+MAX_ROWS = 32  # of a verification; a pass of more tokens is a prompt
+
 _LEAST_LINK_GBPS = 1e-6  # as `Runtime` takes
 _MAX_BYTES = (1 << 63) - 1  # of any amount: sizes are 64 bits wide
 
@@ -182,7 +184,7 @@ def check_draft_length(draft_length: int | str) -> int | Literal["auto"]:
     """
     if draft_length == "auto":
         return "auto"
-    if not re.fullmatch("[0-9]{1,9}", str(draft_length)) or int(draft_length) > 31:
+    if not re.fullmatch("[0-9]{1,9}", str(draft_length)) or int(draft_length) >= MAX_ROWS:
         raise InvalidArgument(
             f'draft_length must be "auto" or from 0 (no speculation) to 31, '
             f"got {_shown(draft_length)}"

@@ -12,10 +12,9 @@ from functools import partial
 import torch
 
 from spmoe.cached_model import CachedModel, Process
+from spmoe.config import MAX_ROWS
 
 log = logging.getLogger("spmoe")
-
-MAX_ROWS = 32  # of a verification; a pass of more tokens is a prompt
 
 
 @dataclass(frozen=True, slots=True)

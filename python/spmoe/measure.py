@@ -17,7 +17,7 @@ from spmoe import probe
 from spmoe.calibration import tokenize_calibration
 from spmoe.costs import Costs
 from spmoe.devices import native_name, resolve_device
-from spmoe.expert_memory import expert_budget
+from spmoe.expert_memory import expert_budget, slot_bytes
 from spmoe.models.cached import CausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import (
@@ -191,7 +191,7 @@ def _small_pool(target: TargetModel, expert_memory: int | str, **options: Any) -
     """Return a runtime to measure the link with: larger than a batch, smaller than the budget."""
     store = target.store
     slots = min(_LINK_SLOTS, store.layer_count * store.expert_count // 2)
-    wanted = max(slots, target.experts_per_token) * -(-store.blob_bytes // 256) * 256
+    wanted = slot_bytes(store, max(slots, target.experts_per_token))
     given = expert_budget(expert_memory, store, resolve_device(str(options["device"])))
     return target.open_runtime(expert_memory=min(wanted, given), policy="sp-moe", **options)
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from spmoe.config import format_bytes, parse_memory
+from spmoe.config import MAX_ROWS, format_bytes, parse_memory
 from spmoe.errors import OutOfMemory
 from spmoe.expert_memory import ExpertSizes, free_bytes, reserve_bytes, slot_bytes
 from spmoe.models.shapes import ModelShape
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model's own context is longer
-_VERIFIED_ROWS = 32  # of the longest verification: a chunk of a prompt is no shorter
 _BLIND_RESERVE_BYTES = 1 << 30  # where a machine does not say what is free
 
 
@@ -143,13 +142,13 @@ def longest_chunk(shapes: list[ModelShape], context: int, room_bytes: int) -> in
         room_bytes: For the scratch.
 
     Returns:
-        From 32, a verification's length, to the target's own context.
+        From `MAX_ROWS`, a verification's length, to the target's own context.
     """
 
     def fits(tokens: int) -> bool:
         return all(shape.pass_bytes(tokens, max(tokens, context)) <= room_bytes for shape in shapes)
 
-    low, high = _VERIFIED_ROWS, max(_VERIFIED_ROWS, shapes[0].context)
+    low, high = MAX_ROWS, max(MAX_ROWS, shapes[0].context)
     if fits(high):
         return high
     while high - low > 1:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from spmoe.config import MAX_ROWS
 from spmoe.costs import Costs
 from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
 from spmoe.draft_length import SMALL_BACKLOG, Measured
@@ -26,7 +27,6 @@ _DOUBTFUL_SHARE = 0.25
 _TRIAL_EVERY = 32
 
 _NEWEST = 0.2  # weight of the newest iteration in what is learnt
-_MAX_ROWS = 32  # a pass of more tokens is a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Planner:
             reread: Tokens that the target read again.
         """
         rows = iteration.drafted + 1 + reread
-        if rows > _MAX_ROWS:
+        if rows > MAX_ROWS:
             return
         self._iterations += 1
         self._expected_s.clear()

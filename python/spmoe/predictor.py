@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from spmoe.config import MAX_ROWS
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import MAPPED_STATE, LayerMap
 from spmoe.routers import routers
 from spmoe.states import STATES, HasMoeLayers, check_state, decoder_layers, watch_input, watch_state
-
-MAX_ROWS = 32  # a pass of more tokens is a prompt, which needs nearly every expert
 
 # Policy -> the models whose states it predicts from.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -161,7 +160,8 @@ def target_predictions(
     """Report predictions for the next layers while the target runs a few tokens.
 
     Args:
-        target: The model; passes of more than `MAX_ROWS` tokens (prompts) are left alone.
+        target: The model; passes of more than `MAX_ROWS` tokens (prompts), which need nearly every
+            expert, are left alone.
         report: Called with a MoE layer and its scores.
         ahead: How many layers ahead, from 1 to 3.
         first_row: Called in each layer: rows before it are left out.

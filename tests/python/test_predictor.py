@@ -14,6 +14,7 @@ import torch
 import spmoe
 from families import FAMILIES, make_checkpoint
 from spmoe import predictor
+from spmoe.config import MAX_ROWS
 from spmoe.models.cache_support import cached
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.experts import attach
@@ -246,9 +247,9 @@ class TestTarget:
     def test_a_prompt_is_left_alone(self, qwen: Pair) -> None:
         told = Reports()
         with predictor.target_predictions(qwen.target, told):
-            cached(qwen.target.model).read([65] * (predictor.MAX_ROWS + 1))
+            cached(qwen.target.model).read([65] * (MAX_ROWS + 1))
             assert told.layers == []
-            cached(qwen.target.model).read([65] * predictor.MAX_ROWS)
+            cached(qwen.target.model).read([65] * MAX_ROWS)
             assert told.layers == qwen.layers[1:]
 
     @pytest.mark.parametrize("first", range(6))

@@ -24,15 +24,13 @@ from spmoe.models.experts import (
 )
 from spmoe.models.linear import quicken
 from spmoe.models.pretrained import build_empty, read_tokenizer
+from spmoe.models.shapes import TOP_K_NAMES
 from spmoe.models.weights import check_depth, read_model
 from spmoe.runtime import Runtime
 from spmoe.settings import DTYPES, check_dtype
 from spmoe.store import open_store
 
 HOST = torch.device("cpu")
-
-# What configurations call the number of experts of a token.
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +244,7 @@ def _open_store(
 
 def _experts_per_token(name: str, config: PreTrainedConfig, experts: int) -> int:
     text_config = config.get_text_config()
-    for attribute in _TOP_K_NAMES:
+    for attribute in TOP_K_NAMES:
         value: Any = getattr(text_config, attribute, None)
         if isinstance(value, list) and value:
             value = max(value)
@@ -259,7 +257,7 @@ def _experts_per_token(name: str, config: PreTrainedConfig, experts: int) -> int
             return value
     raise InvalidArgument(
         f"the configuration of {name} does not say how many experts a token uses (looked for "
-        f"{', '.join(_TOP_K_NAMES)}): add num_experts_per_tok to its config.json"
+        f"{', '.join(TOP_K_NAMES)}): add num_experts_per_tok to its config.json"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a model's passes take of memory, from its configuration."""
+"""The memory that a model's passes take, from its configuration."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, Self
 
 _WIDENED_BYTES = 4  # scores, logits and experts' outputs are computed in float32
 
-# What configurations call the size of a dense MLP, one at a time; experts' own is left out.
+# Names that configurations have for the size of a dense MLP; the experts' own is left out.
 _INNER_NAMES = ("intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size")
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k")
+# Names that configurations have for the number of experts of a token.
+TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class ModelShape:
             value_size=value_size,
             query_size=query_size,
             vocabulary=config.vocab_size,
-            experts_per_token=max(_sizes(config, _TOP_K_NAMES), default=0),
+            experts_per_token=max(_sizes(config, TOP_K_NAMES), default=0),
             expert_inner=getattr(config, "moe_intermediate_size", None) or inner,
             native_experts=getattr(config, "_experts_implementation", None) == "spmoe",
             context=getattr(config, "max_position_embeddings", None) or 1 << 20,
