@@ -246,10 +246,11 @@ class TestTarget:
 
     def test_a_prompt_is_left_alone(self, qwen: Pair) -> None:
         told = Reports()
+        prompt, verification = (cached(qwen.target.model) for _ in range(2))
         with predictor.target_predictions(qwen.target, told):
-            cached(qwen.target.model).read([65] * (MAX_ROWS + 1))
+            prompt.read([65] * (MAX_ROWS + 1))
             assert told.layers == []
-            cached(qwen.target.model).read([65] * MAX_ROWS)
+            verification.read([65] * MAX_ROWS)
             assert told.layers == qwen.layers[1:]
 
     @pytest.mark.parametrize("first", range(6))
