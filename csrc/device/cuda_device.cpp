@@ -128,7 +128,7 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-/// What a device lacks of what the kernels and their memory need; empty if nothing.
+/// Features that a device lacks and that the kernels and their memory need; empty if none.
 std::string describe_lack(int index) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);

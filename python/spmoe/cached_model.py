@@ -1,4 +1,4 @@
-"""What decoding asks of a model that remembers what it has read."""
+"""The interface that decoding needs of a model with a cache."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class DraftLength:
         return chosen
 
     def observe(self, iteration: Measured) -> None:
-        """Tell what an iteration came to."""
+        """Learn from an iteration."""
         drafted = iteration.drafted
         seconds = iteration.draft_s + iteration.verify_s
         if self._testing:

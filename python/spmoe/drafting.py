@@ -19,7 +19,7 @@ log = logging.getLogger("spmoe")
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a draft model proposes.
+    """Tokens that a draft model proposes.
 
     Attributes:
         tokens: Token ids.

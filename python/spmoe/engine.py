@@ -251,7 +251,7 @@ class Engine(Closeable):
     def _observe(
         self, iteration: speculative.Iteration, before: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Tell the planner what an iteration came to; none came before a prefill."""
+        """Report an iteration to the planner; a prefill, which has none before it, is left out."""
         after = self.runtime.stats(by_layer=False)
         if self.planner is not None and before is not None:
             grown = {name: after[name] - before[name] for name in COUNTERS}

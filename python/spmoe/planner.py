@@ -127,7 +127,7 @@ class Planner:
         read_last: bool,
         reread: int = 0,
     ) -> None:
-        """Tell what an iteration came to, the prefill apart.
+        """Learn from an iteration, the prefill apart.
 
         Args:
             iteration: Its tokens and times.

@@ -1,4 +1,4 @@
-"""Which experts the target will choose, told ahead of time by what is being computed anyway.
+"""Predictions of the experts that the target will choose, from states that are computed anyway.
 
 While the draft writes a token, the state of each of its layers goes through the *target's* router
 of the same layer, and the scores go to the runtime, layer by layer. Where the draft is of another
@@ -66,7 +66,7 @@ def draft_mismatch(target: HasMoeLayers, draft: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class DraftReader:
-    """How one MoE layer of the target is told from the draft.
+    """How one MoE layer of the target is predicted from the draft.
 
     Attributes:
         layer: The draft's decoder layer whose state is read.
@@ -82,7 +82,7 @@ class DraftReader:
 def draft_readers(
     target: HasMoeLayers, draft: Any, *, state: str = STATES[0], layer_map: LayerMap | None = None
 ) -> list[DraftReader]:
-    """Return how the draft tells of the target's MoE layers, one for each. As `draft_predictions`.
+    """Return how the draft predicts the target's MoE layers, one for each. As `draft_predictions`.
 
     Raises:
         InvalidArgument: As there.
@@ -137,13 +137,13 @@ def draft_predictions(
         readers = draft_readers(target, draft, state=state, layer_map=layer_map)
         for ordinal, reader in enumerate(readers):
 
-            def tell(
+            def observe(
                 captured: torch.Tensor, ordinal: int = ordinal, reader: DraftReader = reader
             ) -> None:
                 if wanted(ordinal):
                     report(ordinal, reader.scores(captured[-1:])[0])
 
-            watch_state(hooks, reader.layer, reader.state, _guarded(tell, on_error))
+            watch_state(hooks, reader.layer, reader.state, _guarded(observe, on_error))
         yield
 
 
@@ -173,27 +173,27 @@ def target_predictions(
         for ordinal, router in enumerate(found):
             nexts = range(ordinal + 1, min(ordinal + 1 + ahead, len(found)))
 
-            def tell(rows: torch.Tensor, nexts: range = nexts) -> None:
+            def observe(rows: torch.Tensor, nexts: range = nexts) -> None:
                 if len(rows) > MAX_ROWS or first_row() >= len(rows):
                     return
                 for later in filter(wanted, nexts):
                     scores = found[later].scores(rows[first_row() :], normed=False)
                     report(later, join(scores))
 
-            watch_input(hooks, router.norm, _guarded(tell, on_error))
+            watch_input(hooks, router.norm, _guarded(observe, on_error))
         yield
 
 
 def _guarded(
-    tell: Callable[[torch.Tensor], None], on_error: Fail | None
+    observe: Callable[[torch.Tensor], None], on_error: Fail | None
 ) -> Callable[[torch.Tensor], None]:
-    """Return ``tell``, with what it raises given to ``on_error``."""
+    """Return ``observe``, whose exceptions go to ``on_error``."""
     if on_error is None:
-        return tell
+        return observe
 
     def guarded(state: torch.Tensor) -> None:
         try:
-            tell(state)
+            observe(state)
         except Exception as error:  # of the models' code
             on_error(error)
 

@@ -65,7 +65,7 @@ class Request:
         self.metrics: Metrics | None = None
 
     def run(self) -> Iterator[str]:
-        """Yield pieces of text; the figures are there once it is exhausted or closed."""
+        """Yield chunks of text; the figures are there once it is exhausted or closed."""
         engine = self.engine
         ends = engine.target.end_token_ids
         finish_reason = "length"
@@ -87,15 +87,15 @@ class Request:
                     if token in ends or self.writer.stopped:
                         finish_reason = "stop"
                         break
-                if piece := self.writer.take():
-                    yield piece
+                if chunk := self.writer.take():
+                    yield chunk
                 if finish_reason == "stop":
                     break
-            piece = self.writer.finish()
+            chunk = self.writer.finish()
             if self.writer.stopped:
                 finish_reason = "stop"
-            if piece:
-                yield piece
+            if chunk:
+                yield chunk
         finally:
             if iterations:
                 self.metrics = engine.last = summarise(

@@ -22,7 +22,7 @@ from spmoe.states import HasMoeLayers, decoder_layers, read_text
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """What the target does between attention and experts in one MoE layer.
+    """Norm and router of the target between attention and experts in one MoE layer.
 
     Attributes:
         norm: The module whose output the MoE block reads; its input is the residual stream.
@@ -39,7 +39,7 @@ class Router:
     keywords: Mapping[str, Any] | None = None
 
     def scores(self, state: torch.Tensor, *, normed: bool) -> torch.Tensor:
-        """Return what the router thinks of each of some tokens.
+        """Return the router's scores of some tokens.
 
         Args:
             state: [tokens, hidden], the residual stream, or what a norm made of it.
@@ -106,7 +106,7 @@ def _find(target: HasMoeLayers) -> list[Router]:
 
 @dataclass(slots=True)
 class _Seen:
-    """What one pass showed of one MoE layer."""
+    """Observations of one pass in one MoE layer."""
 
     norm: nn.Module | None = None
     called: bool = False

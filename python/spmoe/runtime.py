@@ -253,7 +253,7 @@ class Runtime(Closeable):
         return out
 
     def begin_request(self) -> None:
-        """Tell that another text begins, for policies that compare requests.
+        """Report that another text begins, for policies that compare requests.
 
         An iteration that the text before left open, because it failed or was given up, ends here.
 
@@ -269,7 +269,7 @@ class Runtime(Closeable):
         *,
         source: Literal["draft", "target"] = "draft",
     ) -> None:
-        """Tell what the router of ``layer`` is expected to choose. Does not wait.
+        """Report which experts the router of ``layer`` is expected to choose. Does not wait.
 
         Scores on a CUDA device take effect once the work that makes them has run, within the
         iteration.
@@ -322,7 +322,7 @@ class Runtime(Closeable):
         budget_bytes: Sequence[int] = (),
         break_even: float = 0.5,
     ) -> None:
-        """Tell what the measured costs of this machine allow; see `spmoe.cutoff`.
+        """Set what the measured costs of this machine allow; see `spmoe.cutoff`.
 
         Args:
             cutoff_layer: Leading layers that "sp-moe" prefetches for; None means all.
@@ -354,7 +354,7 @@ class Runtime(Closeable):
         return self._native.recorded_routing()
 
     def replay_routing(self, routing: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Tell the policy "oracle" and the eviction "belady" what is to come, from its start."""
+        """Give the policy "oracle" and the eviction "belady" the routing to come, from its start."""
         self._native.replay_routing(
             [self._check_call(call) for call in routing],
             self.store.layer_count,
@@ -374,7 +374,7 @@ class Runtime(Closeable):
         return self._native.calibration()
 
     def end_iteration(self, accepted: int = 0) -> None:
-        """Tell that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding.
+        """Report that an iteration ended with ``accepted`` draft tokens; 0 for plain decoding.
 
         Raises:
             DeviceError: A copy that this iteration computed from failed after all.
@@ -392,9 +392,9 @@ class Runtime(Closeable):
         """Plant faults in the link, for tests.
 
         Args:
-            fail_at_copy: The n-th piece copied from now on fails, once; 0: none.
+            fail_at_copy: The n-th chunk copied from now on fails, once; 0: none.
             delay_seed: Seed of the random delays.
-            max_delay_us: Each piece waits a random time up to this, in microseconds.
+            max_delay_us: Each chunk waits a random time up to this, in microseconds.
         """
         self._native.inject(
             whole_number("fail_at_copy", fail_at_copy, 0, _MOST_COUNT),
@@ -408,17 +408,17 @@ class Runtime(Closeable):
         Under "layers" the same for each layer, if ``by_layer``.
 
         `prefetch_wasted_bytes` counts what was moved on a prediction and has not been used (yet):
-        demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is under way.
+        demand + prefetch_used + prefetch_wasted = link_bytes, whenever no copy is in flight.
         "pinned_bytes" of experts are in page-locked memory, which took "pinned_fill_s" to fill; on
         a CUDA device "dropped_predictions" came too late or too many, and seconds of compute are
         those of handing it over.
-        `cancelled` counts prefetches withdrawn before they started, `cancelled_bytes` what was not
-        moved of prefetches withdrawn on their way; what was moved of these is wasted.
+        `cancelled` counts prefetches that were cancelled before they started, `cancelled_bytes` the
+        bytes not moved of prefetches that were cancelled in flight; bytes moved of these are wasted.
         """
         return self._native.stats(bool(by_layer))
 
     def close(self) -> None:
-        """End the copies under way and give threads and memory back. May be called twice.
+        """End the copies in flight and give threads and memory back. May be called twice.
 
         Waits for a `forward` of another thread. Every call but `stats` then raises `Error`. In a
         forked child it does nothing.

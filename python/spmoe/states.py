@@ -22,8 +22,8 @@ _PLACES = {
 }
 STATES = tuple(_PLACES)
 
-Tell = Callable[[torch.Tensor], None]  # the state of every token of a pass, [tokens, hidden]
-TellRouting = Callable[[torch.Tensor, torch.Tensor], None]  # [tokens, experts], [tokens, k]
+Observe = Callable[[torch.Tensor], None]  # the state of every token of a pass, [tokens, hidden]
+ObserveRouting = Callable[[torch.Tensor, torch.Tensor], None]  # [tokens, experts], [tokens, k]
 
 
 class HasMoeLayers(Protocol):
@@ -79,14 +79,14 @@ def check_state(state: str) -> None:
         raise InvalidArgument(f'state "{state}" is not one of {", ".join(STATES)}')
 
 
-def watch_state(hooks: ExitStack, layer: nn.Module, state: str, tell: Tell) -> None:
-    """Call ``tell`` with a decoder layer's state at each pass, until ``hooks`` close.
+def watch_state(hooks: ExitStack, layer: nn.Module, state: str, observe: Observe) -> None:
+    """Call ``observe`` with a decoder layer's state at each pass, until ``hooks`` close.
 
     Args:
         hooks: Owns what is put on the layer.
         layer: Of `decoder_layers`.
         state: One of `STATES`.
-        tell: What it is given is detached, and of the first sequence of the batch.
+        observe: Gets the state detached, of the first sequence of the batch.
 
     Raises:
         InvalidArgument: The layer has no such part under the name that transformers uses.
@@ -101,35 +101,35 @@ def watch_state(hooks: ExitStack, layer: nn.Module, state: str, tell: Tell) -> N
 
     module: nn.Module = found[0]
     if before:
-        watch_input(hooks, module, tell)
+        watch_input(hooks, module, observe)
         return
 
     def after_hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        tell((output[0] if isinstance(output, tuple) else output).detach()[0])
+        observe((output[0] if isinstance(output, tuple) else output).detach()[0])
 
     hooks.callback(module.register_forward_hook(after_hook).remove)
 
 
-def watch_input(hooks: ExitStack, module: nn.Module, tell: Tell) -> None:
-    """Call ``tell`` with the first input of a module at each pass. As `watch_state`."""
+def watch_input(hooks: ExitStack, module: nn.Module, observe: Observe) -> None:
+    """Call ``observe`` with the first input of a module at each pass. As `watch_state`."""
 
     def before_hook(_module: nn.Module, inputs: Any) -> None:
-        tell(inputs[0].detach()[0])
+        observe(inputs[0].detach()[0])
 
     hooks.callback(module.register_forward_pre_hook(before_hook).remove)
 
 
-def watch_routing(hooks: ExitStack, gate: nn.Module, tell: TellRouting) -> None:
-    """Call ``tell`` with a router's logits and choices at each pass, until ``hooks`` close.
+def watch_routing(hooks: ExitStack, gate: nn.Module, observe: ObserveRouting) -> None:
+    """Call ``observe`` with a router's logits and choices at each pass, until ``hooks`` close.
 
     Args:
         hooks: Owns what is put on the router.
         gate: Of a MoE layer.
-        tell: Given logits [tokens, experts] and indices [tokens, k].
+        observe: Gets logits [tokens, experts] and indices [tokens, k].
     """
 
     def after_hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         logits, _, index = output
-        tell(logits.detach(), index.detach())
+        observe(logits.detach(), index.detach())
 
     hooks.callback(gate.register_forward_hook(after_hook).remove)

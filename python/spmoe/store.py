@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from spmoe._core import ExpertStore
 from spmoe.errors import InvalidArgument
 
-# What a tensor holds -> the name that the native store knows it by.
+# Content of a tensor -> its name in the native store.
 _SEPARATE = {
     "gate": "layers.{layer}.experts.{expert}.gate_proj.weight",
     "up": "layers.{layer}.experts.{expert}.up_proj.weight",

@@ -1,4 +1,4 @@
-"""What the cache of a model can do: its own account, and a trial on a few tokens.
+"""The abilities of a model's cache: its own account, and a trial on a few tokens.
 
 A family may keep its past in keys and values, in recurrent states, or in a cache class of its own;
 and its passes of several tokens may or may not continue from these as its passes of one do. The

@@ -23,7 +23,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 @dataclass(frozen=True, slots=True)
 class CacheSupport:
-    """What the cache of a model can do; see `spmoe.models.cache_support`.
+    """The abilities of a model's cache; see `spmoe.models.cache_support`.
 
     Attributes:
         own_cache: The model makes a cache of its own class; a `DynamicCache` fits all others.
@@ -146,7 +146,7 @@ class CachedCausalLM:
         return self._model(**inputs)
 
     def _positions(self) -> dict[str, torch.Tensor]:
-        """Return what tells the model where its tokens are: not every cache knows its length."""
+        """Return the positions of all tokens: not every cache knows its length."""
         if not self._takes_positions:
             return {}
         return {"position_ids": torch.arange(self.length, device=self._ids.device)[None]}

@@ -1,4 +1,4 @@
-"""What lies beside the weights, read by transformers: configuration, tokenizer, generation."""
+"""Files beside the weights, read by transformers: configuration, tokenizer, generation."""
 
 from __future__ import annotations
 
