@@ -354,7 +354,7 @@ class Runtime(Closeable):
         return self._native.recorded_routing()
 
     def replay_routing(self, routing: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Give the policy "oracle" and the eviction "belady" the routing to come, from its start."""
+        """Give the policy "oracle" and the eviction "belady" all of the routing to come."""
         self._native.replay_routing(
             [self._check_call(call) for call in routing],
             self.store.layer_count,
@@ -413,7 +413,8 @@ class Runtime(Closeable):
         a CUDA device "dropped_predictions" came too late or too many, and seconds of compute are
         those of handing it over.
         `cancelled` counts prefetches that were cancelled before they started, `cancelled_bytes` the
-        bytes not moved of prefetches that were cancelled in flight; bytes moved of these are wasted.
+        bytes not moved of prefetches that were cancelled in flight; bytes that these moved are
+        wasted.
         """
         return self._native.stats(bool(by_layer))
 
