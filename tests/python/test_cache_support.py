@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import ALL_FAMILIES, config_of
 from spmoe.errors import InvalidArgument
+from spmoe.models import cache_support as module
 from spmoe.models.cache_support import cache_support, cached, why_not_draft
 
 TEXT = [5, 9, 2, 6, 250, 7, 31, 8, 1, 77, 4, 90]
@@ -104,3 +106,22 @@ def test_a_recurrent_draft_fits_an_attention_target_and_not_the_other_way() -> N
     reason = why_not_draft(build("jamba"), mamba)
     assert reason is not None
     assert "rejected tokens cannot leave the target's cache" in reason
+
+
+def test_threads_that_ask_at_once_wait_for_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral")
+    trial = module._try
+    tried: list[PreTrainedModel] = []
+    other = threading.Thread(target=cache_support, args=(model,))
+
+    def slow_trial(model: PreTrainedModel) -> module.CacheSupport:
+        tried.append(model)
+        if len(tried) == 1:
+            other.start()
+            other.join(0.2)  # it would be in a trial of its own by now
+        return trial(model)
+
+    monkeypatch.setattr(module, "_try", slow_trial)
+    cache_support(model)
+    other.join()
+    assert tried == [model]

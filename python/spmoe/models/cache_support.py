@@ -8,6 +8,7 @@ cache.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -33,6 +34,7 @@ _WAYS: tuple[tuple[Literal["crop", "restore"], bool], ...] = (
 )
 
 _SUPPORT: WeakKeyDictionary[CausalLM, CacheSupport] = WeakKeyDictionary()
+_one_trial = threading.Lock()  # it changes the model while it lasts
 
 
 def cached(model: CausalLM) -> CachedCausalLM:
@@ -48,11 +50,12 @@ def cache_support(model: CausalLM) -> CacheSupport:
             ``generate`` gives; the message has the reason.
         OutOfMemory: It does not fit in memory.
     """
-    known = _SUPPORT.get(model)
-    if known is None:
-        with without_contribution(model):
-            known = _SUPPORT[model] = _try(model)
-    return known
+    with _one_trial:
+        known = _SUPPORT.get(model)
+        if known is None:
+            with without_contribution(model):
+                known = _SUPPORT[model] = _try(model)
+        return known
 
 
 def why_not_draft(target: CausalLM, draft: CausalLM) -> str | None:
