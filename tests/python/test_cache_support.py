@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import ALL_FAMILIES, config_of
-from spmoe.errors import InvalidArgument
+from spmoe.errors import InvalidArgument, OutOfMemory
 from spmoe.models import cache_support as module
 from spmoe.models.cache_support import cache_support, cached, why_not_draft
 
@@ -106,6 +106,18 @@ def test_a_recurrent_draft_fits_an_attention_target_and_not_the_other_way() -> N
     reason = why_not_draft(build("jamba"), mamba)
     assert reason is not None
     assert "rejected tokens cannot leave the target's cache" in reason
+
+
+def test_a_pass_that_does_not_fit_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral")
+    reader = cached(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 64 GiB")
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(OutOfMemory, match=r"pass of 12 tokens behind 0 .* shorten the prompt"):
+        reader.read(TEXT)
 
 
 def test_threads_that_ask_at_once_wait_for_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:

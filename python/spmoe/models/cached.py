@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from spmoe.errors import OutOfMemory
 from spmoe.models.snapshot import copied_state, restore_state
+from spmoe.out_of_memory import out_of_memory
 
 CausalLM = PreTrainedModel
+
+_LESS_MEMORY = "lower expert_memory or shorten the prompt"
 
 # The argument of a pass that is its cache: since transformers 5.24, before it, and in mamba before.
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -111,15 +113,9 @@ class CachedCausalLM:
             self._states.append((self.length, copied_state(self._cache)))
         new = torch.tensor([list(tokens)], dtype=torch.long, device=self._ids.device)
         self._ids = torch.cat([self._ids, new], dim=-1)
-        try:
-            with torch.inference_mode():
-                output = self._pass(len(tokens), last, first=first)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"a pass of {len(tokens)} tokens behind {self.length - len(tokens)} does not fit "
-                f"in the memory of {self._model.device} ({error}); lower expert_memory or "
-                "shorten the prompt"
-            ) from error
+        what = f"a pass of {len(tokens)} tokens behind {self.length - len(tokens)}"
+        with out_of_memory(what, _LESS_MEMORY), torch.inference_mode():
+            output = self._pass(len(tokens), last, first=first)
         cache = getattr(output, self._cache_name)
         # A layer with a sliding window drops what leaves it, unless it is asked to keep the past.
         if cache is not self._cache or first:
