@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from spmoe import probe
 from spmoe.calibration import tokenize_calibration
 from spmoe.costs import Costs
 from spmoe.devices import native_name, resolve_device
+from spmoe.errors import InvalidArgument
 from spmoe.expert_memory import expert_budget, slot_bytes
 from spmoe.models.cached import CausalLM
 from spmoe.models.experts import attach
@@ -33,6 +35,8 @@ from spmoe.progress import Progress, silent
 from spmoe.prompts import load_prompts
 from spmoe.runtime import Runtime
 from spmoe.settings import check_dtype
+
+log = logging.getLogger("spmoe")
 
 ROWS = (1, 2, 3, 5, 9, 17)  # of a verification
 BATCHES = (1, 2, 4, 8)  # experts that a layer demands at once
@@ -83,7 +87,10 @@ def make_profile(
         ) as runtime:
             attach(loaded, runtime)
             documents = tokenize_calibration(tokenizer)
-            layer_map = layer_maps.fit(loaded, drafter, documents, progress=progress)
+            try:
+                layer_map = layer_maps.fit(loaded, drafter, documents, progress=progress)
+            except InvalidArgument as error:
+                log.warning("the costs are kept without a layer map: %s", error)
     fingerprint = Fingerprint.of(
         target,
         draft,

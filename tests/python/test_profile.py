@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import cli, loader, probe
+from spmoe import cli, loader, measure, probe, states
 from spmoe.errors import InvalidArgument
 from spmoe.measure import make_profile
 from spmoe.models.loading import load_target
@@ -51,6 +51,21 @@ def test_a_paced_link_is_measured_as_slow_as_it_is(target_path: Path) -> None:
     paced = make_profile(target_path, None, repeats=2, link_gbps=gbps).costs
     assert paced.draft_s == 0
     assert paced.copy_s[8] >= 8 * paced.expert_bytes / (gbps * 1e9) * 0.95
+
+
+def test_a_draft_whose_states_cannot_be_read_has_costs_but_no_map(
+    target_path: Path,
+    draft_path: Path,
+    made: Profile,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: (made.costs, made.spread))
+    monkeypatch.setattr(states, "_PLACES", {"mlp-input": (("unknown",), True)})
+    profile = make_profile(target_path, draft_path)
+    assert profile.layer_map is None
+    assert profile.costs == made.costs
+    assert "LlamaDecoderLayer has no unknown" in caplog.text
 
 
 def test_experts_that_are_all_resident_take_no_time(target_path: Path) -> None:
