@@ -71,7 +71,7 @@ def open_store(
 
 
 def _check_files(files: Sequence[str | PathLike[str]]) -> list[str]:
-    if isinstance(files, str | bytes | PathLike):
+    if isinstance(files, str | bytes | PathLike) or not isinstance(files, Iterable):
         raise InvalidArgument(f"files is {files!r}, not a list of files: {_CURE}")
     paths = []
     for file in files:
@@ -95,6 +95,8 @@ def _check_layers(layers: Iterable[int]) -> list[int]:
 
 def _known_names(paths: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
     """Return every tensor in the files that fits a template, with its native name."""
+    if not isinstance(names, Mapping):
+        raise InvalidArgument(f"names is {names!r}, not a mapping: give gate, up and down a name")
     known = _FUSED if "gate_up" in names else _SEPARATE
     required = [part for part in known if not part.endswith("bias")]
     if not names.keys() <= known.keys() or not names.keys() >= set(required):

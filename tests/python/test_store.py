@@ -72,6 +72,7 @@ def test_a_tensor_that_the_given_names_lack_is_named_by_its_usual_name(files: li
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["gate", "up", "down"], r"names is \['gate', .* not a mapping: give gate, up and down"),
         ({"gate": "{layer}{expert}a"}, r"names has 'gate': give gate, up and down"),
         (OWN_NAMES | {"gat": "x"}, r"'gat': give gate, up and down"),
         (OWN_NAMES | {"up": "h.ffn{expert}.u"}, r'"up", .* needs \{layer\} once'),
@@ -95,7 +96,7 @@ def test_names_that_cannot_be_meant_are_refused(
 
 def test_files_must_be_a_list_of_files(files: list[Path]) -> None:
     folder = files[0].parent
-    for wrong in (str(files[0]), files[0]):
+    for wrong in (str(files[0]), files[0], None, 5):
         with pytest.raises(InvalidArgument, match=r"not a list of files: pass every shard"):
             open_store(wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match=r"is a folder: pass every shard.*glob"):
