@@ -72,8 +72,8 @@ class _Work:
             self.changed.wait_for(lambda: self.count == 0, timeout=_EXIT_WAIT_S)
 
 
-_work = _Work()
-os.register_at_fork(after_in_child=_work.forget)
+working = _Work()  # `with working:` lets the end of the interpreter wait for what is made inside
+os.register_at_fork(after_in_child=working.forget)
 
 
 def at_work(items: Iterator[Item]) -> Iterator[Item]:
@@ -83,7 +83,7 @@ def at_work(items: Iterator[Item]) -> Iterator[Item]:
     process as it comes back. Once everything is closed, whatever it is making fails soon.
     """
     while True:
-        with _work:
+        with working:
             try:
                 item = next(items)
             except StopIteration:
@@ -95,4 +95,4 @@ def at_work(items: Iterator[Item]) -> Iterator[Item]:
 def _close_all() -> None:
     for closeable in list(_to_close):
         closeable.close()
-    _work.wait()
+    working.wait()

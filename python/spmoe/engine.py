@@ -19,7 +19,7 @@ from spmoe.errors import InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.memory_plan import MemoryPlan
 from spmoe.metrics import Metrics
-from spmoe.models.cache_support import cached
+from spmoe.models.cache_support import cache_support, cached
 from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel
@@ -102,6 +102,8 @@ class Engine(Closeable):
         if on_close is not None:
             self._hooks.callback(on_close)
         attach(target, runtime)
+        for model in (target.model, *([draft] if draft is not None else [])):
+            cache_support(model)  # tries the model before its states are watched
         self._watch()
 
     def generate(

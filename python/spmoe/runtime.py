@@ -11,7 +11,7 @@ import torch
 
 from spmoe import _core
 from spmoe.arguments import choice, real_number, shown, whole_number
-from spmoe.closeable import Closeable, close_at_exit
+from spmoe.closeable import Closeable, close_at_exit, working
 from spmoe.config import format_bytes
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
@@ -234,22 +234,23 @@ class Runtime(Closeable):
                     f"{name} requires a gradient, but offloaded experts have no backward pass: "
                     "call under torch.no_grad() or torch.inference_mode(), or detach it"
                 )
-        x = _readable(x)
-        top_k_index = _readable(top_k_index.to(self.device, torch.int64))
-        top_k_weights = _readable(top_k_weights)
-        out = torch.empty_like(x)
-        self._native.forward(
-            layer,
-            x.shape[0],
-            top_k_index.shape[1],
-            x.data_ptr(),
-            _DTYPE_NAMES[x.dtype],
-            top_k_index.data_ptr(),
-            top_k_weights.data_ptr(),
-            _DTYPE_NAMES[top_k_weights.dtype],
-            out.data_ptr(),
-            self._consumer(),
-        )
+        with working:
+            x = _readable(x)
+            top_k_index = _readable(top_k_index.to(self.device, torch.int64))
+            top_k_weights = _readable(top_k_weights)
+            out = torch.empty_like(x)
+            self._native.forward(
+                layer,
+                x.shape[0],
+                top_k_index.shape[1],
+                x.data_ptr(),
+                _DTYPE_NAMES[x.dtype],
+                top_k_index.data_ptr(),
+                top_k_weights.data_ptr(),
+                _DTYPE_NAMES[top_k_weights.dtype],
+                out.data_ptr(),
+                self._consumer(),
+            )
         return out
 
     def begin_request(self) -> None:

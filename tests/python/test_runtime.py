@@ -358,9 +358,10 @@ torch.set_num_threads(1)
 store = spmoe.open_store(sys.argv[1:])
 def open_runtime(expert_memory="50%", **options):
     return spmoe.Runtime(store, expert_memory=expert_memory, experts_per_token=3, **options)
+# Made once: a daemon thread that is in torch itself when the interpreter ends aborts the process.
+inputs = torch.ones(1, store.hidden), torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
 def forward(runtime):
-    x, index = torch.ones(1, store.hidden), torch.tensor([[0, 1, 2]])
-    return runtime.forward(0, x, index, torch.ones(1, 3))
+    return runtime.forward(0, *inputs)
 """
 
 

@@ -14,7 +14,7 @@ import torch
 from spmoe import speculative
 from spmoe.bench.degrade import exchange
 from spmoe.layer_map import LayerMap
-from spmoe.models.cache_support import cached
+from spmoe.models.cache_support import cache_support, cached
 from spmoe.predictor import (
     DraftReader,
     draft_mismatch,
@@ -187,6 +187,8 @@ def by_verification(
     def tell_target(layer: int, scores: torch.Tensor) -> None:
         runtime.predict(layer, scores, source="target")
 
+    for model in (target.model, draft):
+        cache_support(model)  # tries the model before its predictions count
     with ExitStack() as hooks:
         hooks.enter_context(draft_predictions(target, draft, tell_draft, layer_map=layer_map))
         if last_row == "target":
