@@ -53,9 +53,9 @@ class ModelShape:
     def of(cls, model: Any) -> Self:
         """Return the shape of a transformers model."""
         config: Any = model.config.get_text_config()
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 0  # mamba has none
         groups = getattr(config, "num_key_value_heads", None) or heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         key_size = value_size = groups * head
         query_size = heads * head
         if nope := getattr(
@@ -65,7 +65,7 @@ class ModelShape:
             value_size = heads * config.v_head_dim
         inner = max(_sizes(config, _INNER_NAMES), default=4 * config.hidden_size)
         return cls(
-            layers=_attention_layers(config),
+            layers=_attention_layers(config) if heads else 0,
             hidden=config.hidden_size,
             inner=inner,
             heads=heads,
