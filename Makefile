@@ -113,10 +113,10 @@ test-tsan: PRESET := tsan
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-python: .venv/.spmoe
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not pair"
 
 test-slow: .venv/.spmoe
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow or pair"
 
 test-install: .venv/.tools
 	$(BIN)/python tests/install/try_install.py $(PYTHONS)

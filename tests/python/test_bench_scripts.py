@@ -18,6 +18,8 @@ from spmoe import cli
 from spmoe.errors import Error
 from spmoe.runtime import POLICIES
 
+pytestmark = pytest.mark.slow  # each script imports torch anew, and measures
+
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
 
 

@@ -328,6 +328,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
             function("64x")
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_is_taken_for_a_pair(
     tiny: SimpleNamespace, tmp_path: Path
 ) -> None:

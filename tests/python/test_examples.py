@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -14,6 +16,7 @@ def run(example: str, *arguments: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_generate_writes_text_and_figures(target_path: Path, draft_path: Path) -> None:
     for arguments in ([target_path], [target_path, draft_path]):
         assert "tokens/s" in run("generate.py", *arguments)
