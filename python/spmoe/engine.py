@@ -266,6 +266,7 @@ class Engine(Closeable):
         """Report predictions from the models' states as the policy wants them."""
         sources = predictor.SOURCES.get(self.runtime.policy, ())
         target_source: Literal["draft", "target"] = "target"
+        unread: Exception | None = None  # why the draft's states are not
         if "draft" in sources and self.draft is not None:
             mismatch = predictor.draft_mismatch(self.target, self.draft)
             layer_map = self.layer_map if mismatch else None
@@ -274,12 +275,7 @@ class Engine(Closeable):
             try:
                 self._hooks.enter_context(self._draft_predictions(self.draft, layer_map))
             except Exception as error:  # of the models' code
-                log.warning(
-                    "the draft's states cannot predict experts (%s): they are predicted inside "
-                    "the target instead",
-                    error,
-                )
-                sources, target_source = ("target",), "draft"
+                sources, target_source, unread = ("target",), "draft", error
         if "target" not in sources:
             return
 
@@ -298,6 +294,13 @@ class Engine(Closeable):
             )
         except Exception as error:  # of the models' code
             self._stop_predicting(error)
+            return
+        if unread is not None:
+            log.warning(
+                "the draft's states cannot predict experts (%s): they are predicted inside "
+                "the target instead",
+                unread,
+            )
 
     def _draft_predictions(
         self, draft: CausalLM, layer_map: LayerMap | None

@@ -171,6 +171,37 @@ class TestDraftsOfEveryKind:
         assert "decoding plainly, without the draft: LlamaForCausalLM" in warning
 
 
+class TestPredictionsThatFail:
+    """They are turned off with one warning, and the text stays."""
+
+    def test_in_a_pass(
+        self, target_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("no scores")
+
+        with spmoe.load(target_path, target_path, expert_memory="50%") as engine:
+            engine.planner = None  # which might predict nothing here
+            monkeypatch.setattr(engine.runtime, "predict", fail)
+            for draft_length in (4, 0):
+                assert written(engine, draft_length)[0] == alone(target_path)
+        (warning,) = [record for record in caplog.records if record.name == "spmoe"]
+        assert "not predicted any more" in warning.getMessage()
+        assert "RuntimeError: no scores" in warning.getMessage()
+
+    def test_as_the_model_is_loaded(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        config = config_of(  # its norms are behind attention and experts
+            "flex_olmo", intermediate_size=48, num_experts=8, num_experts_per_tok=2
+        )
+        path = write_model(config, tmp_path)
+        with spmoe.load(path, path, expert_memory="50%") as engine:
+            tokens, drafted, _ = written(engine, 4)
+        assert tokens == alone(path)
+        assert drafted > 0
+        (warning,) = [record for record in caplog.records if record.name == "spmoe"]
+        assert "no norm before its experts" in warning.getMessage()
+
+
 class TestWhatGenerateDoesAroundForward:
     """The target's own generation configuration and switches hold for the engine too."""
 
