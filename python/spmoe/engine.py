@@ -23,7 +23,7 @@ from spmoe.models.cache_support import cache_support, cached
 from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel
-from spmoe.models.processors import not_applied, request_processors
+from spmoe.models.processors import request_processors, set_aside
 from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.planner import COUNTERS, Limits, Planner, Shape
 from spmoe.request import Generation, Request
@@ -230,7 +230,7 @@ class Engine(Closeable):
         return "no weight that was looked at is the cause; the text may be meaningless"
 
     def _name_what_is_not_applied(self) -> None:
-        if settings := not_applied(self.target.model):
+        if settings := set_aside(self.target.model):
             log.warning(
                 "generation_config.json of the target asks for %s, which spmoe does not apply: "
                 "texts are those of greedy decoding without",

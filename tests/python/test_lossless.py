@@ -215,7 +215,7 @@ class TestWhatGenerateDoesAroundForward:
             {"min_new_tokens": 20},
             {"exponential_decay_length_penalty": [2, 1.5]},
             {"sequence_bias": [[[55], 100.0]], "remove_invalid_values": True},
-            {"forced_eos_token_id": 257},
+            {"forced_eos_token_id": 257, "max_new_tokens": 3},  # the request says how many
         ],
         ids=",".join,
     )
@@ -236,16 +236,26 @@ class TestWhatGenerateDoesAroundForward:
                 assert tokens == expected
                 assert (accepted > 0) == (draft_length > 0)
 
+    @pytest.mark.parametrize(
+        ("setting", "value"), [("num_beams", 4), ("stop_strings", ["a"]), ("guidance_scale", 2.0)]
+    )
     def test_what_is_not_applied_is_named_in_a_warning(
-        self, target_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self,
+        target_path: Path,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        setting: str,
+        value: Any,
     ) -> None:
         path = Path(shutil.copytree(target_path, tmp_path / "target"))
         file = path / "generation_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4}))
-        with spmoe.load(path, policy="on-demand"):
-            pass
+        file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+        with spmoe.load(path, path, policy="on-demand") as engine:
+            for draft_length in (0, 4):
+                assert written(engine, draft_length)[0] == alone(target_path)
         (warning,) = [record for record in caplog.records if record.name == "spmoe"]
-        assert "generation_config.json of the target asks for num_beams=4" in warning.getMessage()
+        asked = f"generation_config.json of the target asks for {setting}={value}"
+        assert asked in warning.getMessage()
 
     @pytest.mark.parametrize(
         ("prompt_length", "window"), [(40, None), (63, 16), (64, None), (65, None), (70, None)]

@@ -35,19 +35,22 @@ _NOT_APPLIED: dict[str, Any] = {
 }
 
 
-def not_applied(model: PreTrainedModel) -> list[str]:
-    """Return the settings of the model's generation configuration that spmoe leaves out.
+def set_aside(model: PreTrainedModel) -> list[str]:
+    """Reset what spmoe does not apply of the model's generation configuration.
+
+    Reset in the model itself: ``generate`` takes from there what its arguments leave at None.
 
     Returns:
-        "name=value" of each.
+        "name=value" of each setting.
     """
     config = model.generation_config
-    found = {name: getattr(config, name, None) for name in _NOT_APPLIED}
-    return [
-        f"{name}={value}"
-        for name, value in found.items()
-        if value not in (None, False, _NOT_APPLIED[name])
-    ]
+    found: list[str] = []
+    for name, neutral in _NOT_APPLIED.items():
+        value = getattr(config, name, None)
+        if value not in (None, False, neutral):
+            found.append(f"{name}={value}")
+            setattr(config, name, neutral)
+    return found
 
 
 def request_processors(
@@ -56,16 +59,16 @@ def request_processors(
     """Return what ``generate`` does to the logits of one request; None if it does nothing.
 
     Args:
-        model: The target.
+        model: The target, after `set_aside`.
         prompt: Token ids, at least one.
-        max_length: Tokens of prompt and answer together, at most.
+        max_length: Tokens of prompt and answer together, at most; more than the prompt's.
 
     Raises:
         InvalidArgument: The generation configuration contradicts itself.
     """
     config: Any = copy.deepcopy(model.generation_config)
     generate: Any = model.generate  # transformers' own types do not cover it
-    config.update(**_NOT_APPLIED, do_sample=False, max_length=max_length, max_new_tokens=None)
+    config.update(do_sample=False, max_new_tokens=max_length - len(prompt))
     found: Any = LogitsProcessorList()
 
     def keep(_model: Any, ids: torch.Tensor, logits_processor: Any, **_: Any) -> torch.Tensor:
