@@ -342,10 +342,10 @@ def test_the_end_of_the_interpreter_waits_for_passes_and_for_nothing_between_the
     forward = engine.runtime.forward
 
     def watched(*arguments: Any) -> torch.Tensor:
-        at_forward.append(closeable._work.count)
+        at_forward.append(closeable.working.count)
         return forward(*arguments)
 
     monkeypatch.setattr(engine.runtime, "forward", watched)
     for _ in engine.iterate(PROMPT, max_new_tokens=3, draft_length=2):
-        assert closeable._work.count == 0
+        assert closeable.working.count == 0
     assert set(at_forward) == {1}
