@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,27 @@ def test_nothing_to_prove_is_an_error(target_path: Path) -> None:
         spmoe.verify(target_path, None, [])
 
 
+def test_a_target_whose_settings_are_not_applied_is_refused(
+    target_path: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(target_path, tmp_path / "target"))
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4}))
+    with pytest.raises(spmoe.InvalidArgument, match=r"num_beams=4.*remove it to verify"):
+        spmoe.verify(path, None, PROMPTS, expert_memory="50%")
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "dtype", "rounding"),
     [
-        # One step of bfloat16 at 24 is 0.125, of float32 1.9e-6; eight may be rounding.
+        # One step of bfloat16 at 24 is 0.125, and eight may be rounding; of float32 1.9e-6, and 64.
         (scored(a=24.5, b=24.375), scored(b=24.5, a=24.5), BFLOAT16, True),
         (scored(a=24.5, b=23.5), scored(b=24.5, a=24.5), BFLOAT16, True),
         (scored(a=24.5, b=23.25), scored(b=24.5, a=24.5), BFLOAT16, False),
         (scored(a=24.5, b=24.5), scored(b=24.5, a=23.25), BFLOAT16, False),
         (scored(a=24.5, b=24.375), scored(b=24.5, a=24.5), torch.float32, False),
-        (scored(a=24.5, b=24.499990), scored(b=24.5, a=24.499999), torch.float32, True),
+        (scored(a=24.5, b=24.4999), scored(b=24.5, a=24.499999), torch.float32, True),
+        (scored(a=24.5, b=24.4998), scored(b=24.5, a=24.499999), torch.float32, False),
         (scored(a=24.5, c=24.375), scored(b=24.5, a=24.5), BFLOAT16, False),  # b is far down
         (scored(a=24.5, b=-math.inf), scored(b=24.5, a=24.5), BFLOAT16, False),
         (scored(a=math.nan, b=24.5), scored(b=24.5, a=24.5), BFLOAT16, False),
