@@ -92,19 +92,19 @@ setup:
 
 build-cpp: .venv/.build-tools
 	cmake --preset test --log-level=WARNING $(CMAKE_FLAGS)
-	cmake --build --preset test
+	env -u MAKEFLAGS cmake --build --preset test
 
 test-cpp: build-cpp
 	ctest --preset test --label-exclude emulated
 
 test-emulated: .venv/.build-tools
 	cmake --preset test --log-level=WARNING $(CMAKE_FLAGS)
-	cmake --build --preset test --target spmoe_emulated_tests
+	env -u MAKEFLAGS cmake --build --preset test --target spmoe_emulated_tests
 	ctest --preset test --label-regex emulated
 
 test-asan test-tsan: .venv/.build-tools
 	cmake --preset $(PRESET) --log-level=WARNING $(CMAKE_FLAGS)
-	cmake --build --preset $(PRESET)
+	env -u MAKEFLAGS cmake --build --preset $(PRESET)
 	ctest --preset $(PRESET)
 test-asan: PRESET := asan
 test-tsan: PRESET := tsan
@@ -123,7 +123,7 @@ test-install: .venv/.tools
 
 fuzz: .venv/.build-tools
 	cmake --preset asan --log-level=WARNING $(CMAKE_FLAGS)
-	cmake --build --preset asan --target spmoe_fuzz_store
+	env -u MAKEFLAGS cmake --build --preset asan --target spmoe_fuzz_store
 	build/asan/tests/cpp/spmoe_fuzz_store --seconds=$(FOR) $(if $(SEED),--seed=$(SEED))
 
 soak: .venv/.spmoe
@@ -138,7 +138,7 @@ test-gpu: export PATH := $(PATH):/usr/local/cuda/bin
 test-gpu: need-gpu .venv/.spmoe
 	@command -v compute-sanitizer || { echo "test-gpu: no compute-sanitizer: install the CUDA toolkit's" >&2; exit 1; }
 	cmake --preset cuda --log-level=WARNING
-	cmake --build --preset cuda
+	env -u MAKEFLAGS cmake --build --preset cuda
 	ctest --test-dir build/cuda --output-on-failure --progress
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 build/cuda/tests/cpp/spmoe_tests --gtest_brief=1 \
@@ -172,13 +172,13 @@ format: .venv/.tools
 
 bench: .venv/.tools
 	cmake --preset bench --log-level=WARNING
-	cmake --build --preset bench
+	env -u MAKEFLAGS cmake --build --preset bench
 	build/bench/bench/cpp/expert_ffn_bench
 	build/bench/bench/cpp/link_bench
 
 bench-gpu: need-gpu .venv/.spmoe
 	cmake --preset bench -DSPMOE_CUDA=ON --log-level=WARNING
-	cmake --build --preset bench
+	env -u MAKEFLAGS cmake --build --preset bench
 	build/bench/bench/cpp/link_bench --device=$(GPU)
 	@name=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '-'); \
 	mkdir -p bench/results/$$name; \

@@ -98,7 +98,7 @@ class Engine(Closeable):
         self.draft_note: str | None = None if draft is not None else "no draft model"
         self._predictions_failed = False
         self._hooks = ExitStack()
-        self._name_what_is_not_applied()
+        self.not_applied = self._set_aside()  # of the target's generation configuration
         if on_close is not None:
             self._hooks.callback(on_close)
         attach(target, runtime)
@@ -229,13 +229,16 @@ class Engine(Closeable):
             return f"expert {expert} of MoE layer {layer} is not, in {file}; {cure}"
         return "no weight that was looked at is the cause; the text may be meaningless"
 
-    def _name_what_is_not_applied(self) -> None:
-        if settings := set_aside(self.target.model):
+    def _set_aside(self) -> list[str]:
+        """Return the settings of the target that are not applied, with a warning if any are."""
+        settings = set_aside(self.target.model)
+        if settings:
             log.warning(
                 "generation_config.json of the target asks for %s, which spmoe does not apply: "
                 "texts are those of greedy decoding without",
                 ", ".join(settings),
             )
+        return settings
 
     def _set_limits(self, draft_length: int) -> None:
         if self.planner is None:

@@ -16,7 +16,6 @@ from spmoe.config import check_draft_length
 from spmoe.errors import InvalidArgument
 from spmoe.loader import load
 from spmoe.models.loading import load_plain
-from spmoe.models.processors import not_applied
 from spmoe.models.reference import generate_alone
 from spmoe.models.text import Prompt
 from spmoe.progress import Progress, silent
@@ -167,7 +166,7 @@ def verify(
         pinned_memory=pinned_memory,
         progress=progress,
     ) as engine:
-        if settings := not_applied(engine.target.model):
+        if settings := engine.not_applied:
             raise InvalidArgument(
                 f"generation_config.json of the target asks for {', '.join(settings)}, which spmoe "
                 "does not apply, so its texts are not those of generate; remove it to verify"

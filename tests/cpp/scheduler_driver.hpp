@@ -16,8 +16,8 @@ inline constexpr std::uint64_t blob_bytes = 1000;
 
 using Experts = std::vector<std::uint16_t>;
 
-inline Experts all_of(std::uint16_t expert_count) {
-  Experts experts(expert_count);
+inline Experts all_of(std::uint16_t count) {
+  Experts experts(count);
   std::iota(experts.begin(), experts.end(), std::uint16_t{0});
   return experts;
 }
@@ -28,8 +28,8 @@ inline LayerStats total(const Scheduler& scheduler) {
   return sum;
 }
 
-inline Scheduler make(std::uint16_t layer_count, std::uint16_t expert_count, SlotIndex slot_count) {
-  return Scheduler{{layer_count, expert_count, slot_count, blob_bytes}};
+inline Scheduler make(std::uint16_t layers, std::uint16_t experts, SlotIndex slots) {
+  return Scheduler{{layers, experts, slots, blob_bytes}};
 }
 
 /// Starts every fill that may start now, of at least that kind.
