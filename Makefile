@@ -110,13 +110,13 @@ test-asan: PRESET := asan
 test-tsan: PRESET := tsan
 
 # Two processes, each with one thread of torch: what most tests decode is too small for more.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
 test-python: .venv/.spmoe
-	$(PYTEST) -m "not slow and not pair"
+	$(PYTEST) --dist worksteal -m "not slow and not pair"
 
 test-slow: .venv/.spmoe
-	$(PYTEST) -m "slow or pair"
+	$(PYTEST) --dist loadfile -m "slow or pair" # a file loads the built-in pair once
 
 test-install: .venv/.tools
 	$(BIN)/python tests/install/try_install.py $(PYTHONS)

@@ -23,8 +23,8 @@ CGROUP = Path("/sys/fs/cgroup/memory")  # version 1; where it is not writable, u
 
 
 @pytest.fixture(scope="module")
-def pair() -> Pair:
-    return ensure_pair("8x")
+def pair(user_cache: Path) -> Pair:
+    return ensure_pair("8x", cache_dir=user_cache)
 
 
 @pytest.fixture
