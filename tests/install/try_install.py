@@ -111,7 +111,7 @@ def try_source(python: Path, source: Path, checkpoint: Path, missing: str | None
             text = run(python.with_name("spmoe"), *ask, cwd=folder)
             result = json.loads(text[text.index("{") :])
             assert result["token_ids"], f"no token was generated: {result}"
-            done += f", {len(result['tokens'])} tokens generated"
+            done += f", {len(result['token_ids'])} tokens generated"
     if shutil.which("nvcc") and os.environ["SKBUILD_CMAKE_DEFINE"] == CUDA_ON:
         assert "without CUDA" not in cuda, f"nvcc is there, but {cuda}"
         done += ", with the CUDA backend"
