@@ -36,7 +36,8 @@ SEED ?=
 
 CMAKE_FLAGS ?=
 
-PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Modules are compiled when they are imported: most of those that torch brings never are.
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
 .PHONY: help demo test test-all setup build-cpp test-cpp test-python test-emulated test-asan test-tsan test-slow \
   test-install fuzz soak test-gpu stubs lint lint-format lint-python lint-cpp format bench bench-gpu need-gpu clean
@@ -64,7 +65,7 @@ help:
 .venv/.wheel: .venv/.build-tools $(PACKAGE)
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel \
-	  --config-settings cmake.define.SPMOE_CUDA=$(CUDA) .
+	  --config-settings cmake.define.SPMOE_CUDA=$(CUDA) --config-settings cmake.define.SPMOE_PCH=ON .
 	touch $@
 
 .venv/.spmoe: .venv/.tools .venv/.wheel
@@ -85,7 +86,7 @@ test:
 	+@$(STAGES) setup test-cpp test-python
 
 test-all:
-	+@$(STAGES) test-emulated test-slow test-install test-asan test-tsan fuzz soak
+	+@$(STAGES) test-emulated test-slow test-install test-asan test-tsan "fuzz soak"
 
 setup:
 	$(MAKE) --keep-going --jobs 2 .venv/.spmoe build-cpp

@@ -52,7 +52,7 @@ void for_row_blocks(std::size_t rows, const Body& body) noexcept {
     const std::size_t blocks = (left + V::max_rows - 1) / V::max_rows;
     const std::size_t count = (left + blocks - 1) / blocks;
     with_constant<V::max_rows>(count,
-                               [&]<std::size_t kRows>() { body.template operator()<kRows>(row); });
+                               [&]<std::size_t kRows> { body.template operator()<kRows>(row); });
     row += count;
   }
 }

@@ -73,7 +73,7 @@ class CopyPool {
   [[nodiscard]] bool busy() const { return free_.size() < batches_.size(); }
   [[nodiscard]] std::size_t window(StreamPriority priority) const;
   [[nodiscard]] Queue* startable(std::size_t under_way);
-  [[nodiscard]] Batch* find_waiting(Channel& channel, Fence fence);
+  [[nodiscard]] static Batch* find_waiting(Channel& channel, Fence fence);
   [[nodiscard]] Batch& add(Channel& channel, const CopyBatch& copies);
   void serve(PieceMover& mover);
   void stop();

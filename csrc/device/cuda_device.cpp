@@ -80,7 +80,7 @@ class CudaDevice final : public Device {
   Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t consumer,
                  HostWait how) override {
     const cuda::CurrentDevice device{index_};  // whose default stream it is, if it is that
-    const cudaStream_t stream = as_stream(consumer);
+    cudaStream_t stream = as_stream(consumer);
     SPMOE_CUDA_TRY(cudaMemcpyAsync(pinned, data, bytes, cudaMemcpyDefault, stream));
     return marks_.record(stream, how);
   }

@@ -142,7 +142,7 @@ void PinnedRanges::remove(const std::byte* data) noexcept {
 bool PinnedRanges::contains(const std::byte* data, std::size_t bytes) const {
   if (data == nullptr) return false;
   const std::scoped_lock lock{mutex_};
-  auto after = bytes_.upper_bound(data);
+  const auto after = bytes_.upper_bound(data);
   if (after == bytes_.begin()) return false;
   const auto& [start, length] = *std::prev(after);
   return data + bytes <= start + length;

@@ -14,7 +14,7 @@ void check(const DeviceOptions& options) {
                           "; give 1 to " + std::to_string(most)};
   }
   const double gbps = options.link_gbps;
-  if (gbps != 0 && !(std::isfinite(gbps) && gbps >= DeviceOptions::min_link_gbps)) {
+  if (gbps != 0 && (!std::isfinite(gbps) || gbps < DeviceOptions::min_link_gbps)) {
     std::ostringstream message;
     message << "link_gbps is " << gbps << "; give 0 for a link that is not paced, or at least "
             << DeviceOptions::min_link_gbps << " (10^9 bytes a second)";

@@ -31,11 +31,11 @@ class ScoreMailbox {
   ScoreMailbox& operator=(const ScoreMailbox&) = delete;
   ~ScoreMailbox();  ///< hands on what is on its way
 
-  /// Enqueues the copy of `scores` [expert_count], in device memory, on `consumer`. Does not wait.
+  /// Enqueues the copy of `from` [expert_count], in device memory, on `consumer`. Does not wait.
   /// Returns false, and drops them, if `capacity` letters are on their way: late advice is worth
   /// less than what it would hold up.
   /// @throws DeviceError.
-  bool send(const Letter& letter, const float* scores, std::uintptr_t consumer);
+  bool send(const Letter& letter, const float* from, std::uintptr_t consumer);
 
  private:
   struct Sent {

@@ -62,8 +62,8 @@ class Checkpoint {
                  const std::vector<std::uint64_t>& shape) {
     const std::string bytes = add(name, shape).bytes;
     const std::uint64_t share = bytes.size() / shape[0];
-    for (std::uint16_t expert = 0; expert < shape[0]; ++expert) {
-      blobs[{layer, expert}] += bytes.substr(expert * share, share);
+    for (std::uint64_t expert = 0; expert < shape[0]; ++expert) {
+      blobs[{layer, static_cast<std::uint16_t>(expert)}] += bytes.substr(expert * share, share);
     }
   }
 

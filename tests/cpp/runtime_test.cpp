@@ -378,7 +378,8 @@ TEST(Runtime, counters_add_up) {
     for (const LayerCall& call : calls) {
       std::vector<std::int64_t> experts = call.index;
       std::ranges::sort(experts);
-      experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+      const auto repeated = std::ranges::unique(experts);
+      experts.erase(repeated.begin(), repeated.end());
       needed += experts.size();
     }
     run(runtime, calls);
@@ -424,7 +425,7 @@ TEST(Runtime, a_budget_under_one_wave_is_refused_with_the_bytes_it_needs) {
 }
 
 TEST(Runtime, a_budget_beyond_the_model_is_cut_to_it) {
-  Runtime runtime{store(), options(1'000'000)};
+  const Runtime runtime{store(), options(1'000'000)};
   EXPECT_EQ(runtime.stats().slot_count, all_slots);
 }
 

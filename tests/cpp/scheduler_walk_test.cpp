@@ -134,8 +134,9 @@ class Walk {
         ++late_;
         if (slots_[*slot].issued) {
           become_ready(*slot);
-        } else if (slots_[*slot].kind == FillKind::prefetch)
+        } else if (slots_[*slot].kind == FillKind::prefetch) {
           changes_[*slot] = FillChange::To::promoted;
+        }
       } else {
         ++hits_;
         become_ready(*slot);
@@ -387,7 +388,9 @@ TEST(Scheduler, keeps_its_invariants_on_random_walks) {
                                        {4, 5, 7, blob_bytes},
                                        {2, 8, 13, blob_bytes},
                                        {3, 4, 12, blob_bytes}};
-  std::uint64_t needed_again = 0, computed_behind = 0, spoiled = 0;
+  std::uint64_t needed_again = 0;
+  std::uint64_t computed_behind = 0;
+  std::uint64_t spoiled = 0;
   for (std::uint32_t seed = 1; seed <= 40; ++seed) {
     const SchedulerShape& shape = shapes[seed % std::size(shapes)];
     SCOPED_TRACE(::testing::Message() << "seed " << seed << ", " << shape.slot_count << " slots");

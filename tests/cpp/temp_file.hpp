@@ -19,15 +19,15 @@ class TempFile {
   }
   TempFile(const TempFile&) = delete;
   TempFile& operator=(const TempFile&) = delete;
-  ~TempFile() { std::fclose(file_); }
+  ~TempFile() { static_cast<void>(std::fclose(file_)); }
 
   [[nodiscard]] int descriptor() const { return ::fileno(file_); }
 
-  void write(std::uint64_t offset, std::span<const std::byte> content) {
+  void write(std::uint64_t offset, std::span<const std::byte> content) const {
     EXPECT_EQ(::pwrite(descriptor(), content.data(), content.size(), static_cast<off_t>(offset)),
               static_cast<ssize_t>(content.size()));
   }
-  void truncate(std::uint64_t bytes) {
+  void truncate(std::uint64_t bytes) const {
     EXPECT_EQ(::ftruncate(descriptor(), static_cast<off_t>(bytes)), 0);
   }
 

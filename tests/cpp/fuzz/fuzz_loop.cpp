@@ -124,7 +124,9 @@ void mutate(std::string& file, const std::string& other, Random& random) {
       if (at < file.size()) file[at] = static_cast<char>(random());
       break;
     case 1:
-      if (at < file.size()) file[at] ^= static_cast<char>(1U << below(random, 8));
+      if (at < file.size())
+        file[at] =
+            static_cast<char>(static_cast<unsigned char>(file[at]) ^ (1U << below(random, 8)));
       break;
     case 2: file.erase(at, length); break;
     case 3: file.insert(at, token); break;
