@@ -67,6 +67,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
     : process_{::getpid()},
       store_{std::move(store)},
       device_{make_device(options.device, options.link)},
+      device_name_{device_->name()},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
       prefetch_window_{prefetches_at_once(slot_stride_, slot_count_)},
@@ -116,6 +117,8 @@ void Runtime::close() {
     closing_ = true;  // or callers in a loop could hold `call_mutex_` for ever between them
   }
   const std::scoped_lock call{call_mutex_};
+  if (device_ == nullptr) return;  // closed before
+  std::shared_ptr<Device> device;  // goes last
   std::unique_ptr<CopyLane> demand;
   std::unique_ptr<CopyLane> prefetch;
   std::shared_ptr<ScoreMailbox> mailbox;
@@ -139,6 +142,9 @@ void Runtime::close() {
   pool_.reset();
   pinned_.reset();
   store_.reset();
+  const std::scoped_lock lock{mutex_};
+  link_at_close_ = device_->link_stats();
+  device.swap(device_);
 }
 
 const ExpertStore& Runtime::blobs() const { return pinned_ == nullptr ? *store_ : *pinned_; }
@@ -167,7 +173,7 @@ void Runtime::require_layer(std::uint16_t layer) const {
 }
 
 const std::string& Runtime::note_loss() {
-  if (lost_.empty()) lost_ = device_->lost();
+  if (lost_.empty() && device_ != nullptr) lost_ = device_->lost();
   return lost_;
 }
 
@@ -205,11 +211,13 @@ void Runtime::predict(std::uint16_t layer, std::span<const float> scores, Predic
 
 void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource source,
                       std::uintptr_t consumer) {
+  std::shared_ptr<Device> device;  // which the mailbox needs, even if `close` runs meanwhile
   std::shared_ptr<ScoreMailbox> mailbox;
   std::uint64_t epoch = 0;
   {
     const auto lock = lock_open();
     require_layer(layer);
+    device = device_;
     mailbox = mailbox_;
     epoch = epoch_;
   }
@@ -292,7 +300,7 @@ RuntimeStats Runtime::stats() const {
   for (std::size_t layer = 0; layer < stats.layers.size(); ++layer) {
     stats.layers[layer] += timings_[layer];
   }
-  stats.link = device_->link_stats();
+  stats.link = device_ == nullptr ? link_at_close_ : device_->link_stats();
   stats.link.bytes -= link_before_.bytes;
   stats.link.busy_s -= link_before_.busy_s;
   stats.slot_count = slot_count_;
@@ -303,7 +311,7 @@ RuntimeStats Runtime::stats() const {
   stats.policy = scheduler_.prefetch_name();
   stats.eviction = scheduler_.eviction_name();
   stats.queue_depth = scheduler_.queue_depth();
-  stats.device = device_->name();
+  stats.device = device_name_;
   stats.pinned_bytes = pinned_bytes_;
   stats.pinned_fill_s = pinned_fill_s_;
   stats.dropped_predictions = dropped_predictions_;

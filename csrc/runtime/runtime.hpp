@@ -163,7 +163,8 @@ class Runtime {
 
   const pid_t process_;
   std::shared_ptr<const ExpertStore> store_;  // until `close`, as `pinned_`
-  const std::unique_ptr<Device> device_;
+  std::shared_ptr<Device> device_;            // until `close`; `mutex_` guards its end
+  const std::string device_name_;
   std::unique_ptr<PinnedStore> pinned_;  // none if nothing is to be pinned
   const std::uint64_t slot_stride_;
   const SlotIndex slot_count_;
@@ -197,8 +198,9 @@ class Runtime {
   std::size_t in_flight_ = 0;   // fills
   bool resetting_ = false;      // no fill starts
   LinkStats link_before_;       // what the link had done when the counters started
-  std::vector<Fill> fills_;     // being started: demands, then prefetches
-  std::vector<CopyOp> ops_;     // of all of these
+  LinkStats link_at_close_;
+  std::vector<Fill> fills_;  // being started: demands, then prefetches
+  std::vector<CopyOp> ops_;  // of all of these
   std::vector<CopyBatch> batches_;
   std::unique_ptr<Buffer> pool_;
   std::unique_ptr<CopyLane> demand_lane_;

@@ -443,7 +443,7 @@ TEST(CudaRuntime, says_that_the_process_must_be_restarted_once_its_context_is_br
   }
 }
 
-TEST(CudaRuntime, gives_all_device_memory_back_when_it_is_closed) {
+TEST(CudaRuntime, gives_everything_back_when_it_is_closed) {
   const Session session;
   Caller caller;
   Runtime runtime{store(), cuda_options(6, all_pinned)};
@@ -454,6 +454,8 @@ TEST(CudaRuntime, gives_all_device_memory_back_when_it_is_closed) {
   std::size_t total_bytes = 0;
   SPMOE_CUDA_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
   EXPECT_EQ(free_bytes, total_bytes);
+  EXPECT_EQ(session.leftovers(), "1 streams");  // the caller's
+  EXPECT_GE(runtime.stats().link.bytes, std::uint64_t{all_slots} * slot_bytes);
 }
 
 // What the fake is for: each wait of the backend, left out, is noticed.
