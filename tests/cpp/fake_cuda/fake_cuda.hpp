@@ -24,10 +24,17 @@ struct Settings {
   cudaError_t device_count_status = cudaSuccess;    ///< what `cudaGetDeviceCount` says
   std::uint32_t delay_seed = 1;                     ///< of the time that work takes
   std::uint32_t max_delay_us = 30;
+  /// Whether memory that nobody allocated here counts as the device's where a copy needs it to be:
+  /// of another library, whose tensors play the device.
+  bool foreign_device_memory = false;
 };
 
-/// The runtime from its start to its end. One at a time. Ends by checking, as a test failure, that
-/// nothing was left behind and nothing was out of order.
+/// Reports that a session left something behind or that something in it was out of order. Defined
+/// by whoever links the runtime: the C++ tests fail.
+void complain(const std::string& what);
+
+/// The runtime from its start to its end. One at a time. Ends by complaining of what was left
+/// behind and of what was out of order.
 class Session {
  public:
   explicit Session(const Settings& settings = {});
@@ -54,6 +61,10 @@ class Session {
   /// The n-th copy to the device from now on breaks the context: it fails on its way, and every
   /// call from then on returns `error`. Memory, streams and events can still be given back.
   void lose_context_at_copy(std::uint64_t nth, cudaError_t error);
+
+  /// Waits until all that was queued on `stream` has run, as an observer: no later work counts as
+  /// ordered behind it for that.
+  void observe_end(cudaStream_t stream);
 
   [[nodiscard]] std::uint64_t calls(std::string_view function) const;
 

@@ -61,6 +61,14 @@ inline double dot(std::uint32_t a, std::uint32_t b) {
   return low(a) * low(b) + high(a) * high(b);
 }
 
+/// Whether the products are zeros for certain, as most are where rows are padded.
+inline bool is_zero(std::uint32_t a, std::uint32_t b) {
+  constexpr std::uint32_t low_exponent = 0x7F80U;
+  constexpr std::uint32_t high_exponent = low_exponent << 16;
+  return (b & 0x7FFF7FFFU) == 0 && (a & low_exponent) != low_exponent &&
+         (a & high_exponent) != high_exponent;
+}
+
 }  // namespace emulation
 
 /// Sums of eight products, each cut off as it joins the sum: tensor cores round no better.
@@ -75,10 +83,11 @@ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], std::uint32
     for (unsigned part = 0; part < 2; ++part) {
       double sum = 0;
       for (unsigned t = 0; t < 4; ++t) {
-        sum +=
-            emulation::dot(lanes[row * 4 + t].a[part * 2 + c / 2], lanes[column * 4 + t].b[part]);
+        const std::uint32_t a_word = lanes[row * 4 + t].a[part * 2 + c / 2];
+        const std::uint32_t b_word = lanes[column * 4 + t].b[part];
+        if (!emulation::is_zero(a_word, b_word)) sum += emulation::dot(a_word, b_word);
       }
-      d[c] = emulation::cut_off(static_cast<double>(d[c]) + sum);
+      if (sum != 0) d[c] = emulation::cut_off(static_cast<double>(d[c]) + sum);
     }
   }
 }
@@ -104,17 +113,26 @@ inline bool any_of_block(bool value) { return emulated::any_of_block(value); }
 inline void publish() {}
 inline std::uint32_t arrive(std::uint32_t* counter) { return (*counter)++; }
 
-/// Where a launch reads and writes: a byte of each region stands for all of it.
+/// Where a launch reads and writes: a byte of each region stands for all of it, but of weights all
+/// that is certain, for an expert arrives in several copies.
 struct Accesses {
   std::vector<std::span<const std::byte>> reads, writes;
 };
-inline Accesses accesses(const ProductLaunch& args) {
+inline Accesses accesses(const ProductLaunch& args, unsigned group_count) {
   const auto bytes = [](const auto* data) {
     return std::span{reinterpret_cast<const std::byte*>(data), 1};
   };
-  return {{bytes(static_cast<const std::byte*>(args.x))}, {bytes(args.partial), bytes(args.y)}};
+  Accesses touched{{bytes(static_cast<const std::byte*>(args.x))},
+                   {bytes(args.partial), bytes(args.y)}};
+  constexpr std::size_t least_weight_bytes = 2;
+  const std::size_t weights = std::size_t{args.product.inputs} * args.product.outputs;
+  for (unsigned group = 0; group < group_count; ++group) {
+    touched.reads.emplace_back(args.groups[group].blob + args.product.weight_offset,
+                               weights * least_weight_bytes);
+  }
+  return touched;
 }
-inline Accesses accesses(const CombineLaunch& args) {
+inline Accesses accesses(const CombineLaunch& args, unsigned) {
   return {{std::span{reinterpret_cast<const std::byte*>(args.expert_out), 1}},
           {std::span{static_cast<const std::byte*>(args.out), 1}}};
 }
@@ -125,7 +143,7 @@ void launch(void (*kernel)(Args), dim3 grid, unsigned threads, std::uintptr_t st
             const Args& args) {
   const auto run = [=] { emulated::run_grid(grid, threads, [&] { kernel(args); }); };
   if (stream == 0) return run();
-  Accesses touched = accesses(args);
+  Accesses touched = accesses(args, grid.z);
   check(fake_cuda::launch(reinterpret_cast<cudaStream_t>(stream), std::move(touched.reads), run,
                           std::move(touched.writes)),
         "launch of a kernel of experts");
