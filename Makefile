@@ -39,13 +39,13 @@ CMAKE_FLAGS ?=
 # Modules are compiled when they are imported: most of those that torch brings never are.
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: help demo test test-all setup build-cpp test-cpp test-python test-emulated test-asan test-tsan test-slow \
-  test-install fuzz soak test-gpu stubs lint lint-format lint-python lint-cpp format bench bench-gpu need-gpu clean
+.PHONY: help demo test test-all setup build-cpp test-cpp test-python test-emulated test-fake-cuda test-asan test-tsan \
+  test-slow test-install fuzz soak test-gpu stubs lint lint-format lint-python lint-cpp format bench bench-gpu need-gpu clean
 
 help:
 	@echo "make demo      write text with the built-in pair, its experts in a quarter of their memory"
 	@echo "make test      C++ and Python tests"
-	@echo "make test-all  the rest: emulated CUDA kernels, sanitizers, slow tests, fresh installs, fuzzer, soak"
+	@echo "make test-all  the rest: emulated CUDA, sanitizers, slow tests, fresh installs, fuzzer, soak"
 	@echo "make lint      clang-format, ruff, mypy, clang-tidy on what differs from main; LINT=all: on all"
 	@echo "make bench     C++ microbenchmarks"
 	@echo "make test-gpu, make bench-gpu    the same on an NVIDIA GPU"
@@ -86,7 +86,7 @@ test:
 	+@$(STAGES) setup test-cpp test-python
 
 test-all:
-	+@$(STAGES) test-emulated test-slow test-install test-asan test-tsan "fuzz soak"
+	+@$(STAGES) test-emulated test-fake-cuda test-slow test-install test-asan test-tsan "fuzz soak"
 
 setup:
 	$(MAKE) --keep-going --jobs 2 .venv/.spmoe build-cpp
@@ -115,6 +115,15 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2
 
 test-python: .venv/.spmoe
 	$(PYTEST) --dist worksteal -m "not slow and not pair"
+
+# The engine on a CUDA device without a GPU: a fake device of torch, and the backend over the fake CUDA runtime.
+test-fake-cuda: export SPMOE_FAKE_CUDA := build/fake-cuda/tests/cpp
+test-fake-cuda: .venv/.spmoe
+	cmake --preset fake-cuda --log-level=WARNING -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" $(CMAKE_FLAGS)
+	env -u MAKEFLAGS cmake --build --preset fake-cuda
+	$(PYTEST) --dist worksteal $(if $(filter all,$(CASES)),,-m "not slow") \
+	  tests/python/test_cuda.py tests/python/test_fake_cuda.py
 
 test-slow: .venv/.spmoe
 	$(PYTEST) --dist loadfile -m "slow or pair" # a file loads the built-in pair once

@@ -300,7 +300,7 @@ class Runtime(Closeable):
                     f"scores must be real numbers on the CPU or {self.device}, "
                     f"got {scores.dtype} on {scores.device}"
                 )
-            if scores.device.type == "cuda":
+            if scores.device.type != "cpu":
                 self._predict_on_device(layer, scores, source)
                 return
             scores = _readable(scores.to(torch.float32)).numpy()

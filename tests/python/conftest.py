@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fake_cuda
 from families import make_checkpoint, make_dense_draft
 from spmoe.cli import main
 from spmoe.config import default_cache
@@ -19,7 +21,9 @@ from spmoe.devices import cuda_status
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs a CUDA device where there is none; fail it if REQUIRE_CUDA=1."""
-    if item.get_closest_marker("needs_cuda") is None:
+    if item.get_closest_marker("needs_fake_cuda") is not None and not fake_cuda.IS_ON:
+        pytest.skip("runs in `make test-fake-cuda`")
+    if item.get_closest_marker("needs_cuda") is None or fake_cuda.IS_ON:
         return
     count, reason = cuda_status()
     if not count:
@@ -33,6 +37,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu() -> Iterator[Any]:
+    """In `make test-fake-cuda`: the fake CUDA runtime of the GPU that the machine seems to have."""
+    if not fake_cuda.IS_ON:
+        yield None
+        return
+    with fake_cuda.cuda() as runtime:
+        yield runtime
 
 
 @pytest.fixture(autouse=True, scope="session")

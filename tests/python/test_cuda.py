@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fake_cuda
 import spmoe
 from families import FAMILIES, greedy, make_checkpoint
 from spmoe.models.loading import TargetModel, load_plain, load_target
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.needs_cuda
 
 DEVICE = "cuda:0"
 PROMPT = "Once upon a time there was a disk"
-NEW_TOKENS = 24
+# Emulated kernels take milliseconds a layer: over the fake runtime the families share the budgets.
+NEW_TOKENS = 8 if fake_cuda.IS_ON else 24
+DRAFT_LENGTHS = (0, 4) if fake_cuda.IS_ON else (0, 1, 4, 9)
 ROWS = (1, 2, 7, 8, 9, 32)
 # Activations -> how far a value may be from the host's: sums run in another order, and what is
 # narrowed may then round the other way.
@@ -90,12 +93,13 @@ class TestLossless:
     ) -> None:
         path = make_checkpoint(family, tmp_path)
         plain = load_plain(path)
-        for draft in (path, draft_path):
-            for budget in BUDGETS:
+        place = list(FAMILIES).index(family)
+        for i, draft in enumerate((path, draft_path)):
+            for budget in (BUDGETS[(place + i) % 3],) if fake_cuda.IS_ON else BUDGETS:
                 with spmoe.load(path, draft, expert_memory=budget, device=DEVICE) as engine:
                     prompt = torch.tensor([encode(engine.tokenizer, PROMPT)])
                     expected = greedy(plain, prompt, NEW_TOKENS)
-                    for length in (0, 1, 4, 9):
+                    for length in DRAFT_LENGTHS:
                         found = [
                             token
                             for iteration in engine.iterate(
