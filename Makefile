@@ -91,15 +91,18 @@ test-all:
 setup:
 	$(MAKE) --keep-going --jobs 2 .venv/.spmoe build-cpp
 
+CONFIGURE_TEST = cmake --preset test --log-level=WARNING -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" $(CMAKE_FLAGS)
+
 build-cpp: .venv/.build-tools
-	cmake --preset test --log-level=WARNING $(CMAKE_FLAGS)
+	$(CONFIGURE_TEST)
 	env -u MAKEFLAGS cmake --build --preset test
 
 test-cpp: build-cpp
 	ctest --preset test --label-exclude emulated
 
 test-emulated: .venv/.build-tools
-	cmake --preset test --log-level=WARNING $(CMAKE_FLAGS)
+	$(CONFIGURE_TEST)
 	env -u MAKEFLAGS cmake --build --preset test --target spmoe_emulated_tests
 	ctest --preset test --label-regex emulated
 
@@ -111,17 +114,16 @@ test-asan: PRESET := asan
 test-tsan: PRESET := tsan
 
 # Two processes, each with one thread of torch: what most tests decode is too small for more.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --durations 12
 
 test-python: .venv/.spmoe
 	$(PYTEST) --dist worksteal -m "not slow and not pair"
 
 # The engine on a CUDA device without a GPU: a fake device of torch, and the backend over the fake CUDA runtime.
-test-fake-cuda: export SPMOE_FAKE_CUDA := build/fake-cuda/tests/cpp
+test-fake-cuda: export SPMOE_FAKE_CUDA := build/test/tests/cpp
 test-fake-cuda: .venv/.spmoe
-	cmake --preset fake-cuda --log-level=WARNING -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" $(CMAKE_FLAGS)
-	env -u MAKEFLAGS cmake --build --preset fake-cuda
+	$(CONFIGURE_TEST)
+	env -u MAKEFLAGS cmake --build --preset test --target spmoe_fake_cuda_module
 	$(PYTEST) --dist worksteal $(if $(filter all,$(CASES)),,-m "not slow") \
 	  tests/python/test_cuda.py tests/python/test_fake_cuda.py
 

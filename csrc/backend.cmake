@@ -1,6 +1,7 @@
 # The CUDA backend, or the one that says that it was left out. Objects, not an archive: whoever links
 # them may instead link others of the same functions, as the tests do.
 add_library(spmoe_backend OBJECT)
+set_target_properties(spmoe_backend PROPERTIES POSITION_INDEPENDENT_CODE ON)
 target_link_libraries(spmoe_backend PUBLIC spmoe_core PRIVATE spmoe_options)
 set(SPMOE_CUDA_DEVICE
     ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_batch_copy.cpp

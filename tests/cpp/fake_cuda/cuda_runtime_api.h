@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+// NOLINTBEGIN(modernize-macro-to-enum, performance-enum-size): as CUDA has them
+
 #define CUDART_VERSION 13000
 
 enum cudaError {
@@ -93,3 +95,4 @@ cudaError_t cudaMemcpyBatchAsync(void* const* dsts, const void* const* srcs,
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
+// NOLINTEND(modernize-macro-to-enum, performance-enum-size)

@@ -40,7 +40,8 @@ class DeviceArray {
     return static_cast<T*>(data_.get());
   }
   [[nodiscard]] std::vector<float> floats() const {
-    return {as<float>(), as<float>() + bytes_ / sizeof(float)};
+    const std::size_t count = bytes_ / sizeof(float);
+    return {as<float>(), as<float>() + count};
   }
 
  private:
@@ -60,7 +61,7 @@ class Caller {
 
   /// `from` is the device that is the thread's current one meanwhile.
   void forward(Runtime& runtime, const LayerCall& call, int from = 0) {
-    Pending& it = *pending_.emplace_back(std::make_unique<Pending>(call));
+    const Pending& it = *pending_.emplace_back(std::make_unique<Pending>(call));
     if (stream_.get() == nullptr) route(it);
     const cuda::CurrentDevice current{from};
     runtime.forward(call.layer, {.tokens = call.tokens,

@@ -603,6 +603,7 @@ cudaError_t cudaMemcpyAsync(void* dst, const void* src, std::size_t bytes, cudaM
   return result(copy(dst, src, bytes, stream));
 }
 
+// NOLINTNEXTLINE(readability-non-const-parameter): as CUDA declares it
 cudaError_t cudaMemcpyBatchAsync(void* const* dsts, const void* const* srcs,
                                  const std::size_t* sizes, std::size_t count,
                                  cudaMemcpyAttributes* attributes, std::size_t* attribute_indices,
