@@ -118,7 +118,7 @@ def try_source(python: Path, source: Path, checkpoint: Path, missing: str | None
     return done
 
 
-# `pip install .` compiles the CUDA backend where nvcc is: the first time here, for one architecture.
+# `pip install .` compiles the CUDA backend where nvcc is; here only the first does.
 CUDA_ON = "CMAKE_CUDA_ARCHITECTURES=90-real"
 # All later installs take the same steps and compile for half as long.
 SHORT_BUILD = "SPMOE_CUDA=OFF;SPMOE_PCH=ON;CMAKE_CXX_FLAGS_RELEASE=-O1"
