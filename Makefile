@@ -128,7 +128,7 @@ test-fake-cuda: .venv/.spmoe
 	  tests/python/test_cuda.py tests/python/test_fake_cuda.py
 
 test-slow: .venv/.spmoe
-	$(PYTEST) --dist loadfile -m "slow or pair" # a file loads the built-in pair once
+	$(PYTEST) --dist loadgroup -m "slow or pair"
 
 test-install: .venv/.tools
 	$(BIN)/python tests/install/try_install.py $(PYTHONS)

@@ -385,7 +385,11 @@ def test_there_are_twenty_prompts_of_every_kind() -> None:
 NEW_TOKENS = 48
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# A process of pytest-xdist makes and loads a variant once.
+GROUPS = [pytest.param(variant, marks=pytest.mark.xdist_group(variant)) for variant in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def pair(request: pytest.FixtureRequest, user_cache: Path) -> Pair:
     return ensure_pair(request.param, cache_dir=user_cache)
 

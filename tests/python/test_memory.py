@@ -76,6 +76,7 @@ def test_the_peak_is_this_process_own_and_not_its_parents() -> None:
 
 
 @pytest.mark.pair
+@pytest.mark.xdist_group("8x")
 def test_memory_stays_under_dense_part_budget_and_overhead(
     pair: Pair, confine: Callable[[int], Callable[[], None] | None]
 ) -> None:
