@@ -13,6 +13,7 @@ from families import ALL_FAMILIES, config_of
 from spmoe.errors import InvalidArgument, OutOfMemory
 from spmoe.models import cache_support as module
 from spmoe.models.cache_support import cache_support, cached, why_not_draft
+from spmoe.models.loading import place
 
 TEXT = [5, 9, 2, 6, 250, 7, 31, 8, 1, 77, 4, 90]
 
@@ -118,6 +119,35 @@ def test_a_pass_that_does_not_fit_names_the_cure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model.model, "forward", fail)
     with pytest.raises(OutOfMemory, match=r"pass of 12 tokens behind 0 .* shorten the prompt"):
         reader.read(TEXT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 64 GiB"),
+    ],
+)
+def test_memory_that_runs_out_in_the_trial_is_no_fault_of_the_model(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fail)
+    with pytest.raises(OutOfMemory, match="cannot read a token"):
+        cache_support(build("llama"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_model_that_does_not_fit_on_its_device_names_the_cure(error: Exception) -> None:
+    class Large(torch.nn.Module):
+        def to(self, *_: Any, **__: Any) -> Any:
+            raise error
+
+    with pytest.raises(OutOfMemory, match=r"Large on cpu does not fit .* use a smaller draft"):
+        place(Large(), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_threads_that_ask_at_once_wait_for_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
-
 from spmoe.errors import CheckpointError, Error, OutOfMemory
+from spmoe.out_of_memory import is_out_of_memory
 
 _REASON_LENGTH = 300  # characters
 
@@ -36,7 +35,7 @@ def blaming(describe: Callable[[str], str]) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = _reason(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in reason:
+        if is_out_of_memory(error):
             raise OutOfMemory(f"memory ran out while a model was loaded ({reason})") from error
         if "Too many open files" in str(error):
             raise CheckpointError(

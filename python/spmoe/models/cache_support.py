@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from spmoe.errors import InvalidArgument, OutOfMemory
 from spmoe.models.cached import CachedCausalLM, CacheSupport, CausalLM
 from spmoe.models.experts import without_contribution
+from spmoe.out_of_memory import is_out_of_memory
 
 _PROMPT = (5, 3, 8)
 _NEW_TOKENS = 4  # that the trial writes; all but the last are read
@@ -80,9 +81,9 @@ def why_not_draft(target: CausalLM, draft: CausalLM) -> str | None:
 def _try(model: CausalLM) -> CacheSupport:
     try:
         tokens, expected = _generate(model)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"{type(model).__name__} cannot read a token: {error}") from error
     except Exception as error:  # whatever the model's code raises
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{type(model).__name__} cannot read a token: {error}") from error
         raise InvalidArgument(
             f"{type(model).__name__} ({model.config.model_type}) cannot write a token in this "
             f"version of transformers ({type(error).__name__}: {error}): use another model"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from spmoe.errors import CheckpointError, InvalidArgument, OutOfMemory
+from spmoe.errors import CheckpointError, InvalidArgument
 from spmoe.models.checkpoint import Checkpoint, find_checkpoint, find_directory
 from spmoe.models.experts import (
     IMPLEMENTATION,
@@ -26,6 +26,7 @@ from spmoe.models.linear import quicken
 from spmoe.models.pretrained import build_empty, read_tokenizer
 from spmoe.models.shapes import TOP_K_NAMES
 from spmoe.models.weights import check_depth, read_model
+from spmoe.out_of_memory import out_of_memory
 from spmoe.runtime import Runtime
 from spmoe.settings import DTYPES, check_dtype
 from spmoe.store import open_store
@@ -147,13 +148,9 @@ def place(model: PreTrainedModel, device: torch.device) -> None:
     Raises:
         OutOfMemory: It does not fit.
     """
-    try:
+    cure = 'use a smaller draft, dtype="bfloat16", or device="host"'
+    with out_of_memory(f"{type(model).__name__} on {device}", cure):
         model.to(device)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"{type(model).__name__} does not fit in the memory of {device} ({error}); use a "
-            'smaller draft, dtype="bfloat16", or device="host"'
-        ) from error
     quicken(model)
 
 
