@@ -98,11 +98,48 @@ def plan_memory(
     """
     shapes = [ModelShape.of(model) for model in (target, draft) if model is not None]
     dense, drafted = weight_bytes(target), weight_bytes(draft) if draft is not None else 0
-    free = _free_before(free_bytes(device), free_before, dense + drafted)
+    return divide_memory(
+        shapes,
+        store,
+        expert_memory=expert_memory,
+        experts_per_token=experts_per_token,
+        dense_bytes=dense,
+        draft_bytes=drafted,
+        free=_free_before(free_bytes(device), free_before, dense + drafted),
+        max_context=max_context,
+    )
+
+
+def divide_memory(
+    shapes: list[ModelShape],
+    store: ExpertSizes,
+    *,
+    expert_memory: int | str,
+    experts_per_token: int,
+    dense_bytes: int,
+    draft_bytes: int,
+    free: int | None,
+    max_context: int | None = None,
+) -> MemoryPlan:
+    """Divide an amount of memory; looks at no model and at no device.
+
+    Args:
+        shapes: Of the target and, if there is one, of the draft.
+        store: Sizes of the target's experts.
+        expert_memory: As for `plan_memory`.
+        experts_per_token: The target's top-k.
+        dense_bytes: The target's weights without its experts.
+        draft_bytes: The draft's weights; 0 without one.
+        free: Bytes that are free before either is loaded; None: unknown.
+        max_context: As for `load`.
+
+    Raises:
+        OutOfMemory: As for `plan_memory`.
+    """
     context = min(max_context or DEFAULT_CONTEXT, shapes[0].context)
     caches = sum(shape.cache_bytes(context) for shape in shapes)
     reserve = _BLIND_RESERVE_BYTES if free is None else reserve_bytes(free)
-    left = None if free is None else free - dense - drafted - caches
+    left = None if free is None else free - dense_bytes - draft_bytes - caches
     given = None if expert_memory == "auto" else parse_memory(expert_memory, store.total_bytes)
     room = reserve
     if left is not None and given is not None:
@@ -115,8 +152,8 @@ def plan_memory(
         expert_bytes=min(given, store.total_bytes),
         total_bytes=store.total_bytes,
         free_bytes=free,
-        dense_bytes=dense,
-        draft_bytes=drafted,
+        dense_bytes=dense_bytes,
+        draft_bytes=draft_bytes,
         cache_bytes=caches,
         scratch_bytes=scratch,
         reserve_bytes=reserve,
