@@ -1,4 +1,4 @@
-"""One iteration of a trace as a picture.
+"""One iteration of a trace as a picture, readable on a light and on a dark page.
 
 spmoe generate --demo -p "..." --trace trace.json
 python bench/python/draw_timeline.py trace.json timeline.svg --iteration 5
@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from matplotlib import colormaps
+from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
+# Each has a contrast of 3 and more with white and with the dark page of GitHub; text has 4.
+TEXT = "#767676"
+LAYERS = ("#3b7dd8", "#a9549c", "#d97706")  # first layer to last
+PHASE = "#6e7781"  # of the draft's and the target's pass; the text on it is white
+COLOURS = LinearSegmentedColormap.from_list("layers", LAYERS)
 _ROWS = ("draft", "verify", "compute", "wait", "link: demand", "link: prefetch")
 
 
@@ -32,19 +37,21 @@ def main(trace: Path, picture: Path, iteration: int, title: str) -> None:
         for event in events
         if "tid" in event and event["ph"] == "M"
     }
-    spans = [event | {"lane": names[event["tid"]]} for event in events if event["ph"] == "X"]
+    spans = [event | {"row": names[event["tid"]]} for event in events if event["ph"] == "X"]
     drafts = sorted(
-        (span for span in spans if span["lane"] == "draft" and span["dur"] > 0), key=_start
+        (span for span in spans if span["row"] == "draft" and span["dur"] > 0), key=_start
     )
     if iteration >= len(drafts):
         raise click.UsageError(f"the trace has {len(drafts)} iterations that draft")
     start = _start(drafts[iteration])
     verify = min(
-        (span for span in spans if span["lane"] == "verify" and _start(span) >= start), key=_start
+        (span for span in spans if span["row"] == "verify" and _start(span) >= start), key=_start
     )
     end = _start(verify) + verify["dur"]
     inside = [span for span in spans if _start(span) < end and _start(span) + span["dur"] > start]
-    _draw(inside, start, end, title).savefig(picture)
+    # Text as text, not as shapes: a smaller file, which a reader can search.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "spmoe"}):
+        _draw(inside, start, end, title).savefig(picture, transparent=True, metadata={"Date": None})
 
 
 def _start(span: dict[str, Any]) -> float:
@@ -64,13 +71,12 @@ def _draw(spans: list[dict[str, Any]], start: float, end: float, title: str) -> 
     axes = figure.subplots()
     depth = max((_layer(span) or 0 for span in spans), default=0)
     shade = Normalize(0, max(depth, 1))
-    colours = colormaps["viridis"]
     for span in spans:
-        row = len(_ROWS) - 1 - _ROWS.index(span["lane"])
+        row = len(_ROWS) - 1 - _ROWS.index(span["row"])
         left = max(_start(span), start)
         width = min(_start(span) + span["dur"], end) - left
         layer = _layer(span)
-        colour = "0.75" if layer is None else colours(shade(layer))
+        colour = PHASE if layer is None else COLOURS(shade(layer))
         axes.barh(
             row, width / 1e3, left=(left - start) / 1e3, height=0.8, color=colour, linewidth=0
         )
@@ -82,12 +88,20 @@ def _draw(spans: list[dict[str, Any]], start: float, end: float, title: str) -> 
                 ha="center",
                 va="center",
                 fontsize=8,
+                color="white",
             )
     axes.set_yticks(range(len(_ROWS)), reversed(_ROWS))
+    axes.set_ylim(-0.6, len(_ROWS) - 0.4)
     axes.set_xlim(0, (end - start) / 1e3)
-    axes.set_xlabel("ms")
-    axes.set_title(title, fontsize=9)
-    figure.colorbar(ScalarMappable(shade, colours), ax=axes, label="layer")
+    axes.set_xlabel("time since the iteration began, ms", color=TEXT)
+    axes.set_title(title, fontsize=9, color=TEXT)
+    axes.tick_params(colors=TEXT)
+    for side in axes.spines.values():
+        side.set_color(TEXT)
+    bar = figure.colorbar(ScalarMappable(shade, COLOURS), ax=axes)
+    bar.set_label("layer of the target", color=TEXT)
+    bar.ax.tick_params(colors=TEXT)
+    bar.outline.set_edgecolor(TEXT)
     return figure
 
 
