@@ -109,6 +109,11 @@ def test_draw_timeline(target_path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "<svg" in drawn
 
 
+def test_model_memory(target_path: Path) -> None:
+    printed = run("model_memory.py", "--config", target_path)
+    assert "(100%)" in printed  # a model so small fits whole
+
+
 def test_every_script_is_run_here() -> None:
     text = Path(__file__).read_text()
     assert all(f'"{script.name}"' in text for script in BENCHES.glob("*.py"))
