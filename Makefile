@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows spmoe at work, `make test` tests it. Both set up all they need.
+# Two commands: `make demo` shows what prefetching saves, `make test` tests it. Both set up all they need.
 .DEFAULT_GOAL := help
 SHELL := bash
 PYTHON ?= python3
@@ -40,13 +40,14 @@ CMAKE_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 
 .PHONY: help demo test test-all setup build-cpp test-cpp test-python test-emulated test-fake-cuda test-asan test-tsan \
-  test-slow test-install fuzz soak test-gpu stubs lint lint-format lint-python lint-cpp format bench bench-gpu need-gpu clean
+  test-slow test-install fuzz soak test-gpu stubs docs lint lint-format lint-python lint-cpp format bench bench-gpu need-gpu clean
 
 help:
-	@echo "make demo      write text with the built-in pair, its experts in a quarter of their memory"
+	@echo "make demo      compare on-demand, sp-moe and horizon: the built-in pair, half of it in memory, a paced link"
 	@echo "make test      C++ and Python tests"
 	@echo "make test-all  the rest: emulated CUDA, sanitizers, slow tests, fresh installs, fuzzer, soak"
 	@echo "make lint      clang-format, ruff, mypy, clang-tidy on what differs from main; LINT=all: on all"
+	@echo "make docs      the documentation as a site in build/docs/site, its links checked"
 	@echo "make bench     C++ microbenchmarks"
 	@echo "make test-gpu, make bench-gpu    the same on an NVIDIA GPU"
 
@@ -77,7 +78,7 @@ stubs: .venv/.spmoe
 	$(BIN)/python tools/make_stubs.py
 
 demo: .venv/.spmoe
-	spmoe generate --demo --prompt "Explain in three sentences why the sky is blue." --draft-length 4 -n 96 --expert-memory 25%
+	$(BIN)/python examples/compare_policies.py
 
 # Every stage runs, whatever fails before it; the last lines sum all of them up.
 STAGES := MAKE="$(MAKE)" $(PYTHON) tools/run_stages.py
@@ -181,6 +182,15 @@ format: .venv/.tools
 	clang-format -i $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
 	ruff check --fix .
 	ruff format .
+
+# The site's generator has requirements of its own, and so an environment of its own.
+build/docs/venv/.tools: requirements-docs.txt
+	test -x build/docs/venv/bin/python || $(PYTHON) -m venv build/docs/venv
+	build/docs/venv/bin/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+docs: build/docs/venv/.tools
+	build/docs/venv/bin/python tools/build_docs.py build/docs/venv/bin/mkdocs
 
 bench: .venv/.tools
 	cmake --preset bench --log-level=WARNING
