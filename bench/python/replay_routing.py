@@ -36,7 +36,8 @@ from spmoe.errors import Error
 from spmoe.machine import read_memory
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import resolve_dtype
-from spmoe.runtime import POLICIES, Runtime
+from spmoe.policies import POLICIES, PROBE
+from spmoe.runtime import Runtime
 from synthetic_checkpoint import SHAPES, expert_format, hub_tensors, make_config, write_checkpoint
 
 FREE_SHARE = 0.8  # of what is free, that --layers fit takes; the rest is for everything else
@@ -225,14 +226,14 @@ def _run(
     for number, (link_gbps, memory, policy) in enumerate(grid, 1):
         if link_gbps not in measured:
             one_layer = store.expert_count * -(-store.blob_bytes // 256) * 256
-            with open_runtime(one_layer, link_gbps, "sp-moe") as small:
+            with open_runtime(one_layer, link_gbps, PROBE) as small:
                 measured[link_gbps] = measure_costs(
                     small, k, rows=flags["draft_length"] + 1, pace=pace, tensors=tensors
                 )
         costs, peak_gbps = measured[link_gbps]
         with open_runtime(memory, link_gbps, policy) as runtime:
             replay = Replay(runtime, experts_per_token=k, costs=costs, pace=pace, tensors=tensors)
-            if policy == "oracle":
+            if runtime.traits.replays:
                 runtime.replay_routing(
                     [need for request in script for each in request for need in each.needs()]
                 )

@@ -8,5 +8,6 @@ void bind_errors(pybind11::module_& m);
 void bind_store(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
+void bind_policies(pybind11::module_& m);
 
 }  // namespace spmoe

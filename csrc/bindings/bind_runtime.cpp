@@ -126,8 +126,6 @@ using RuntimePtr = std::unique_ptr<Runtime, RuntimeDeleter>;
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  m.def("prefetch_policy_names", &prefetch_policy_names);
-  m.def("eviction_policy_names", &eviction_policy_names);
   py::class_<Runtime, RuntimePtr>(
       m, "Runtime", "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
       .def(py::init([](const BoundStore& bound, std::uint64_t expert_memory_bytes,
@@ -160,8 +158,9 @@ void bind_runtime(py::module_& m) {
            py::arg("store"), py::arg("expert_memory_bytes"), py::arg("experts_per_token"),
            py::arg("activation") = "silu", py::arg("alpha") = 1.702F, py::arg("limit") = 7.0F,
            py::arg("compute_threads") = 0U, py::arg("copy_threads") = 2U,
-           py::arg("link_gbps") = 0.0, py::arg("isa") = "auto", py::arg("policy") = "on-demand",
-           py::arg("eviction") = "auto", py::arg("trace_spans") = 0U, py::arg("device") = "host",
+           py::arg("link_gbps") = 0.0, py::arg("isa") = "auto",
+           py::arg("policy") = PolicyNames{}.prefetch, py::arg("eviction") = PolicyNames{}.eviction,
+           py::arg("trace_spans") = 0U, py::arg("device") = "host",
            py::arg("pinned_memory_bytes") = 0U, py::arg("pinned_progress") = py::none())
       .def(
           "forward",

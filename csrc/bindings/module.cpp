@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   spmoe::bind_store(m);
   spmoe::bind_device(m);
   spmoe::bind_runtime(m);
+  spmoe::bind_policies(m);
 }

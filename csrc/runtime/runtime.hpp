@@ -108,7 +108,7 @@ class Runtime {
   void record_routing(bool on);
   [[nodiscard]] RoutingTrace recorded_routing() const;
 
-  /// Tells `oracle` and `belady` what is to come.
+  /// The routing to come, for policies that replay one.
   void replay_routing(RoutingTrace trace);
 
   /// The latest spans of time, oldest first.

@@ -11,7 +11,6 @@ class ActivationReuse final : public EvictionPolicy {
  public:
   explicit ActivationReuse(const ActivationHistory& history) : history_{history} {}
 
-  std::string_view name() const noexcept override { return "activation-reuse"; }
   void on_fill(SlotIndex, ExpertId) override {}
   void on_use(SlotIndex) override {}
 

@@ -12,7 +12,6 @@ class ActivationTrace final : public PrefetchPolicy {
  public:
   explicit ActivationTrace(const PolicyView& view) : view_{view} {}
 
-  std::string_view name() const noexcept override { return "activation-trace"; }
   void on_prediction(const Prediction&, TransferQueue&) override {}
 
   void on_need(std::uint16_t layer, std::span<const std::uint16_t>, TransferQueue& queue) override {

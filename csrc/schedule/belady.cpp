@@ -11,7 +11,6 @@ class Belady final : public EvictionPolicy {
  public:
   explicit Belady(const RoutingTrace& trace) : trace_{trace} {}
 
-  std::string_view name() const noexcept override { return "belady"; }
   void on_fill(SlotIndex, ExpertId) override {}
   void on_use(SlotIndex) override {}
 

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <string_view>
 
 #include "base/types.hpp"
 
@@ -25,8 +24,6 @@ struct Candidate {
 class EvictionPolicy {
  public:
   virtual ~EvictionPolicy() = default;
-
-  [[nodiscard]] virtual std::string_view name() const noexcept = 0;
 
   /// `expert` became resident in `slot`.
   virtual void on_fill(SlotIndex slot, ExpertId expert) = 0;

@@ -18,8 +18,6 @@ class Horizon final : public PrefetchPolicy {
     planned_.reserve(std::size_t{view.shape.layer_count} * view.shape.expert_count);
   }
 
-  std::string_view name() const noexcept override { return "horizon"; }
-
   void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
     // Predictions run through the layers in order; an earlier layer begins another token.
     const bool another_token = prediction.layer <= last_layer_;

@@ -12,7 +12,6 @@ class LeastStale final : public EvictionPolicy {
   LeastStale(SlotIndex slot_count, std::uint16_t layer_count)
       : slots_(slot_count), layer_count_{layer_count} {}
 
-  std::string_view name() const noexcept override { return "least-stale"; }
   void on_fill(SlotIndex slot, ExpertId) override { touch(slot); }
   void on_use(SlotIndex slot) override { touch(slot); }
   void on_end_iteration() override { ++pass_; }

@@ -11,7 +11,6 @@ class Lfu final : public EvictionPolicy {
  public:
   explicit Lfu(SlotIndex slot_count) : slots_(slot_count) {}
 
-  std::string_view name() const noexcept override { return "lfu"; }
   void on_fill(SlotIndex slot, ExpertId) override { slots_[slot] = {0, ++clock_}; }
   void on_use(SlotIndex slot) override { slots_[slot] = {slots_[slot].uses + 1, ++clock_}; }
 

@@ -11,7 +11,6 @@ class Lru final : public EvictionPolicy {
  public:
   explicit Lru(SlotIndex slot_count) : last_use_(slot_count, 0) {}
 
-  std::string_view name() const noexcept override { return "lru"; }
   void on_fill(SlotIndex slot, ExpertId) override { last_use_[slot] = ++clock_; }
   void on_use(SlotIndex slot) override { last_use_[slot] = ++clock_; }
 

@@ -11,8 +11,6 @@ class NextGate final : public PrefetchPolicy {
     critical_.reserve(view.shape.expert_count);
   }
 
-  std::string_view name() const noexcept override { return "next-gate"; }
-
   void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
     if (prediction.source != PredictionSource::target) return;
     // Every expert that a row's router selects has a score above 1; one row selects top-k.

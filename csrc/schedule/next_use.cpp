@@ -12,7 +12,6 @@ class NextUse final : public EvictionPolicy {
   NextUse(SlotIndex slot_count, std::uint16_t layer_count)
       : last_use_(slot_count, 0), layer_count_{layer_count} {}
 
-  std::string_view name() const noexcept override { return "next-use"; }
   void on_fill(SlotIndex slot, ExpertId) override { last_use_[slot] = ++clock_; }
   void on_use(SlotIndex slot) override { last_use_[slot] = ++clock_; }
 

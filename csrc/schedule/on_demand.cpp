@@ -5,7 +5,6 @@ namespace {
 
 class OnDemand final : public PrefetchPolicy {
  public:
-  std::string_view name() const noexcept override { return "on-demand"; }
   void on_prediction(const Prediction&, TransferQueue&) override {}
 };
 

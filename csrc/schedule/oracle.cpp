@@ -9,7 +9,6 @@ class Oracle final : public PrefetchPolicy {
  public:
   explicit Oracle(const PolicyView& view) : view_{view} {}
 
-  std::string_view name() const noexcept override { return "oracle"; }
   void on_prediction(const Prediction&, TransferQueue&) override {}
   void on_need(std::uint16_t, std::span<const std::uint16_t>, TransferQueue& queue) override {
     plan(queue);

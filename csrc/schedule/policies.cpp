@@ -2,96 +2,97 @@
 
 #include <algorithm>
 #include <array>
-#include <string_view>
 
 #include "base/error.hpp"
 
 namespace spmoe {
 namespace {
 
-struct PrefetchEntry {
-  std::string_view name;
-  std::string_view eviction;
-  std::unique_ptr<PrefetchPolicy> (*make)(const PolicyView&, const PrefetchLimits&);
-};
-
-struct EvictionEntry {
-  std::string_view name;
-  std::unique_ptr<EvictionPolicy> (*make)(const PolicyView&);
-};
-
-constexpr std::array prefetch_policies{
-    PrefetchEntry{"on-demand", "lru",
-                  [](const PolicyView&, const PrefetchLimits&) { return make_on_demand(); }},
-    PrefetchEntry{"next-gate", "lru",
-                  [](const PolicyView& v, const PrefetchLimits&) { return make_next_gate(v); }},
+constexpr std::array prefetch_rows{
     PrefetchEntry{
-        "activation-trace", "activation-reuse",
-        [](const PolicyView& v, const PrefetchLimits&) { return make_activation_trace(v); }},
-    PrefetchEntry{"sp-moe", "lru",
-                  [](const PolicyView& v, const PrefetchLimits& l) { return make_sp_moe(v, l); }},
-    PrefetchEntry{"horizon", "predicted-use",
-                  [](const PolicyView& v, const PrefetchLimits& l) { return make_horizon(v, l); }},
-    PrefetchEntry{"oracle", "belady",
-                  [](const PolicyView& v, const PrefetchLimits&) { return make_oracle(v); }},
+        .name = "on-demand",
+        .eviction = "lru",
+        .default_eviction = "predicted-use",
+        .make = [](const PolicyView&, const PrefetchLimits&) { return make_on_demand(); }},
+    PrefetchEntry{
+        .name = "next-gate",
+        .eviction = "lru",
+        .reads = {.target = true},
+        .make = [](const PolicyView& v, const PrefetchLimits&) { return make_next_gate(v); }},
+    PrefetchEntry{.name = "activation-trace",
+                  .eviction = "activation-reuse",
+                  .make = [](const PolicyView& v,
+                             const PrefetchLimits&) { return make_activation_trace(v); }},
+    PrefetchEntry{
+        .name = "sp-moe",
+        .eviction = "lru",
+        .reads = {.draft = true},
+        .limited_by = LimitedBy::cutoff_layer,
+        .make = [](const PolicyView& v, const PrefetchLimits& l) { return make_sp_moe(v, l); }},
+    PrefetchEntry{
+        .name = "horizon",
+        .eviction = "predicted-use",
+        .reads = {.draft = true, .target = true},
+        .limited_by = LimitedBy::break_even,
+        .make = [](const PolicyView& v, const PrefetchLimits& l) { return make_horizon(v, l); }},
+    PrefetchEntry{
+        .name = "oracle",
+        .eviction = "belady",
+        .replays = true,
+        .make = [](const PolicyView& v, const PrefetchLimits&) { return make_oracle(v); }},
 };
 
-constexpr std::array eviction_policies{
-    EvictionEntry{"lru", [](const PolicyView& v) { return make_lru(v.shape.slot_count); }},
-    EvictionEntry{"lfu", [](const PolicyView& v) { return make_lfu(v.shape.slot_count); }},
-    EvictionEntry{
-        "next-use",
-        [](const PolicyView& v) { return make_next_use(v.shape.slot_count, v.shape.layer_count); }},
-    EvictionEntry{"least-stale",
-                  [](const PolicyView& v) {
-                    return make_least_stale(v.shape.slot_count, v.shape.layer_count);
-                  }},
-    EvictionEntry{
-        "predicted-use",
-        [](const PolicyView& v) { return make_predicted_use(v.forecast, v.shape.layer_count); }},
-    EvictionEntry{"activation-reuse",
-                  [](const PolicyView& v) { return make_activation_reuse(v.history); }},
-    EvictionEntry{"belady", [](const PolicyView& v) { return make_belady(v.trace); }},
+constexpr std::array eviction_rows{
+    EvictionEntry{.name = "lru",
+                  .make = [](const PolicyView& v) { return make_lru(v.shape.slot_count); }},
+    EvictionEntry{.name = "lfu",
+                  .make = [](const PolicyView& v) { return make_lfu(v.shape.slot_count); }},
+    EvictionEntry{.name = "next-use",
+                  .make =
+                      [](const PolicyView& v) {
+                        return make_next_use(v.shape.slot_count, v.shape.layer_count);
+                      }},
+    EvictionEntry{.name = "least-stale",
+                  .make =
+                      [](const PolicyView& v) {
+                        return make_least_stale(v.shape.slot_count, v.shape.layer_count);
+                      }},
+    EvictionEntry{.name = "predicted-use",
+                  .make =
+                      [](const PolicyView& v) {
+                        return make_predicted_use(v.forecast, v.shape.layer_count);
+                      }},
+    EvictionEntry{.name = "activation-reuse",
+                  .make = [](const PolicyView& v) { return make_activation_reuse(v.history); }},
+    EvictionEntry{.name = "belady",
+                  .replays = true,
+                  .make = [](const PolicyView& v) { return make_belady(v.trace); }},
 };
 
-template <class Table>
-std::vector<std::string> names_of(const Table& table) {
-  std::vector<std::string> names;
-  names.reserve(table.size());
-  for (const auto& entry : table) names.emplace_back(entry.name);
-  return names;
-}
-
-template <class Table>
-const auto& find(const Table& table, std::string_view what, std::string_view name) {
-  const auto found =
-      std::ranges::find_if(table, [name](const auto& entry) { return entry.name == name; });
-  if (found != table.end()) return *found;
+template <class Row>
+const Row& find(std::span<const Row> rows, std::string_view what, std::string_view name) {
+  const auto found = std::ranges::find(rows, name, &Row::name);
+  if (found != rows.end()) return *found;
   std::string choices;
-  for (const std::string& choice : names_of(table))
-    choices += (choices.empty() ? "" : ", ") + choice;
+  for (const Row& row : rows) choices += (choices.empty() ? "" : ", ") + std::string{row.name};
   throw InvalidArgument{std::string{what} + " policy \"" + std::string{name} +
                         "\" asked; use one of " + choices};
 }
 
 }  // namespace
 
-std::vector<std::string> prefetch_policy_names() { return names_of(prefetch_policies); }
+std::span<const PrefetchEntry> prefetch_policies() noexcept { return prefetch_rows; }
 
-std::vector<std::string> eviction_policy_names() { return names_of(eviction_policies); }
+std::span<const EvictionEntry> eviction_policies() noexcept { return eviction_rows; }
 
-std::unique_ptr<PrefetchPolicy> make_prefetch_policy(const PolicyNames& names,
-                                                     const PolicyView& view,
-                                                     const PrefetchLimits& limits) {
-  return find(prefetch_policies, "prefetch", names.prefetch).make(view, limits);
+const PrefetchEntry& prefetch_policy(const PolicyNames& names) {
+  return find(prefetch_policies(), "prefetch", names.prefetch);
 }
 
-std::unique_ptr<EvictionPolicy> make_eviction_policy(const PolicyNames& names,
-                                                     const PolicyView& view) {
-  const std::string_view name = names.eviction == "auto"
-                                    ? find(prefetch_policies, "prefetch", names.prefetch).eviction
-                                    : std::string_view{names.eviction};
-  return find(eviction_policies, "eviction", name).make(view);
+const EvictionEntry& eviction_policy(const PolicyNames& names) {
+  const std::string_view name =
+      names.eviction == "auto" ? prefetch_policy(names).eviction : std::string_view{names.eviction};
+  return find(eviction_policies(), "eviction", name);
 }
 
 }  // namespace spmoe

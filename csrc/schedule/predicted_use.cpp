@@ -12,7 +12,6 @@ class PredictedUse final : public EvictionPolicy {
   PredictedUse(const UseForecast& forecast, std::uint16_t layer_count)
       : forecast_{forecast}, layer_count_{layer_count} {}
 
-  std::string_view name() const noexcept override { return "predicted-use"; }
   void on_fill(SlotIndex, ExpertId) override {}
   void on_use(SlotIndex) override {}
 

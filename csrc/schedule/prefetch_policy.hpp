@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <string_view>
 #include <vector>
 
 #include "base/types.hpp"
@@ -39,8 +38,6 @@ class PrefetchPolicy {
  public:
   virtual ~PrefetchPolicy() = default;
 
-  [[nodiscard]] virtual std::string_view name() const noexcept = 0;
-
   virtual void on_prediction(const Prediction& prediction, TransferQueue& queue) = 0;
 
   /// The target runs `experts` of `layer` now.
@@ -67,15 +64,16 @@ struct PolicyView {
   const RoutingTrace& trace;
 };
 
-/// Settings of prefetching that the measured costs of the machine decide.
+/// Settings of prefetching that the measured costs of the machine decide. Each policy reads those
+/// that concern it; see `LimitedBy`.
 struct PrefetchLimits {
-  /// Leading layers that drafting prefetches for (the cutoff layer L); `sp-moe` alone.
+  /// Leading layers that drafting prefetches for (the cutoff layer L).
   std::uint16_t cutoff_layer = 0xFFFF;
-  /// Bytes that the link can move from now until each layer runs; empty: unknown. `horizon` alone.
+  /// Bytes that the link can move from now until each layer runs; empty: unknown.
   std::vector<std::uint64_t> budget_bytes;
   /// Bytes that it has moved since.
   std::uint64_t moved_bytes = 0;
-  /// Probability of use under which a prefetch costs more than it saves. `horizon` alone.
+  /// Probability of use under which a prefetch costs more than it saves.
   float break_even = 0.5F;
 };
 

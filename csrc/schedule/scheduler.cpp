@@ -16,15 +16,15 @@ constexpr std::uint32_t verified_tokens = 32;
 
 Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
     : shape_{shape},
-      names_{names},
+      prefetch_row_{prefetch_policy(names)},
+      eviction_row_{eviction_policy(names)},
       slots_{shape.slot_count, shape.layer_count, shape.expert_count},
       forecast_{shape},
       history_{shape},
       trace_{shape.layer_count, shape.expert_count},
       recorded_{shape.layer_count, shape.expert_count},
-      eviction_{make_eviction_policy(names, {shape_, slots_, forecast_, history_, trace_})},
-      prefetch_{
-          make_prefetch_policy(names, {shape_, slots_, forecast_, history_, trace_}, limits_)},
+      eviction_{eviction_row_.make({shape_, slots_, forecast_, history_, trace_})},
+      prefetch_{prefetch_row_.make({shape_, slots_, forecast_, history_, trace_}, limits_)},
       queue_{std::size_t{shape.layer_count} * shape.expert_count},
       fills_(shape.slot_count),
       wants_(shape.expert_count, Want::none),
@@ -47,8 +47,8 @@ void Scheduler::reset() {
   recording_ = iterating_ = false;
   limits_ = {};
   const PolicyView view{shape_, slots_, forecast_, history_, trace_};
-  eviction_ = make_eviction_policy(names_, view);
-  prefetch_ = make_prefetch_policy(names_, view, limits_);
+  eviction_ = eviction_row_.make(view);
+  prefetch_ = prefetch_row_.make(view, limits_);
   queue_ = TransferQueue{critical_.size()};
   std::ranges::fill(fills_, FillState{});
   changes_.clear();

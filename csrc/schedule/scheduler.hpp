@@ -71,7 +71,7 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  /// A request begins: what earlier ones did becomes the past of `activation-trace`. If the one
+  /// A request begins: what earlier ones did becomes the past; see `ActivationHistory`. If the one
   /// before ended early, in the middle of an iteration, that iteration ends here.
   void begin_request();
 
@@ -130,7 +130,7 @@ class Scheduler {
   /// What the measured costs of the machine allow; see `PrefetchLimits`.
   [[nodiscard]] PrefetchLimits& limits() noexcept { return limits_; }
 
-  /// The routing that `oracle` and `belady` know ahead of time. Starts at its beginning.
+  /// The routing that policies which replay one know ahead of time. Starts at its beginning.
   /// @throws InvalidArgument if it is of a model of another shape.
   void replay(RoutingTrace trace);
 
@@ -142,8 +142,8 @@ class Scheduler {
   [[nodiscard]] const UseForecast& forecast() const noexcept { return forecast_; }
   [[nodiscard]] SlotIndex resident_count() const;
   [[nodiscard]] std::size_t queue_depth() const noexcept { return queue_.size(); }
-  [[nodiscard]] std::string_view prefetch_name() const noexcept { return prefetch_->name(); }
-  [[nodiscard]] std::string_view eviction_name() const noexcept { return eviction_->name(); }
+  [[nodiscard]] std::string_view prefetch_name() const noexcept { return prefetch_row_.name; }
+  [[nodiscard]] std::string_view eviction_name() const noexcept { return eviction_row_.name; }
 
  private:
   enum class Want : std::uint8_t { none, waiting, leased };
@@ -166,7 +166,8 @@ class Scheduler {
   [[nodiscard]] std::size_t find_startable(FillKind at_least);
 
   SchedulerShape shape_;
-  PolicyNames names_;
+  const PrefetchEntry& prefetch_row_;
+  const EvictionEntry& eviction_row_;
   SlotTable slots_;
   UseForecast forecast_;
   ActivationHistory history_;

@@ -9,8 +9,6 @@ class SpMoe final : public PrefetchPolicy {
     critical_.reserve(view.shape.expert_count);
   }
 
-  std::string_view name() const noexcept override { return "sp-moe"; }
-
   void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
     if (prediction.source != PredictionSource::draft) return;
     if (prediction.layer >= limits_.cutoff_layer) return;

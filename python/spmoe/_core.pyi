@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'eviction_policy_names', 'prefetch_policy_names']
+__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'evictions', 'policies']
 class Error(Exception):
     pass
 class InvalidArgument(Error, ValueError):
@@ -147,7 +147,11 @@ def cuda_status() -> tuple[int, str]:
     """
     How many CUDA devices there are, and if none, why.
     """
-def eviction_policy_names() -> list[str]:
-    ...
-def prefetch_policy_names() -> list[str]:
-    ...
+def evictions() -> list:
+    """
+    Each eviction policy: its name, and whether it replays routing.
+    """
+def policies() -> list:
+    """
+    Each prefetch policy as it describes itself; see `spmoe.policies.Traits`.
+    """

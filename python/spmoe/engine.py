@@ -78,7 +78,7 @@ class Engine(Closeable):
                 experts_per_token=target.experts_per_token,
                 memory_bytes=runtime.expert_memory_bytes,
             )
-            self.planner = Planner(costs, shape, policy=runtime.policy)
+            self.planner = Planner(costs, shape, policy=runtime.traits)
             self._lengths = DraftLength(
                 self.planner.verify_s,
                 self.planner.draft_s,
@@ -267,7 +267,7 @@ class Engine(Closeable):
 
     def _watch(self) -> None:
         """Report predictions from the models' states as the policy wants them."""
-        sources = predictor.SOURCES.get(self.runtime.policy, ())
+        sources = self.runtime.traits.reads
         target_source: Literal["draft", "target"] = "target"
         unread: Exception | None = None  # why the draft's states are not
         if "draft" in sources and self.draft is not None:
@@ -337,7 +337,7 @@ class Engine(Closeable):
         """Whether the policy would do anything about a prediction for ``layer``."""
         if self._predictions_failed:
             return False
-        return self._limits is None or self._limits.uses_prediction(self.runtime.policy, layer)
+        return self._limits is None or self._limits.uses_prediction(self.runtime.traits, layer)
 
     def _report_draft(self, layer: int, scores: torch.Tensor) -> None:
         if layer == 0:

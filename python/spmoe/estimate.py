@@ -16,7 +16,6 @@ from spmoe import probe
 from spmoe.costs import Costs
 from spmoe.models.cached import CausalLM
 from spmoe.models.loading import TargetModel
-from spmoe.planner import PLANNED
 from spmoe.progress import Progress, silent
 from spmoe.runtime import Runtime
 
@@ -68,8 +67,8 @@ def estimate(
     Args:
         target: Its experts need not be attached.
         draft: Perhaps none.
-        runtime: Of the target's experts. Only a policy of `spmoe.planner.PLANNED` is measured for
-            what a prefetch takes from compute; for others nothing asks.
+        runtime: Of the target's experts. Only for a policy that the costs limit it is
+            measured what a prefetch takes from compute.
         limit_s: After so many seconds no sample begins but the first of each cost.
         limit_bytes: No more is read of experts, save that one expert is read for each cost.
         progress: Called after each round of samples, with a description, and done of total.
@@ -92,7 +91,7 @@ def estimate(
         samplers |= {"draft_s": steps, "draft_token_s": probe.draft_tokens(draft, tokens)}
         if next(steps) <= _FAST_STEP_S:
             work = steps.__next__
-    if runtime.policy in PLANNED:
+    if runtime.traits.limited_by is not None:
         count = _beside(meter, work, copy_s, target.experts_per_token)
         moved["prefetch_s"] = count
         samplers["prefetch_s"] = probe.losses(

@@ -17,7 +17,7 @@ from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.out_of_memory import out_of_memory
 from spmoe.pairing import check_pairing
-from spmoe.planner import PLANNED
+from spmoe.policies import DEFAULT, traits_of
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, Steps, silent
 from spmoe.settings import check_dtype, check_settings
@@ -37,7 +37,7 @@ def load(
     device: str = "auto",
     pinned_memory: int | str = "auto",
     draft_length: int | str = "auto",
-    policy: str = "horizon",
+    policy: str = DEFAULT,
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
     max_context: int | None = None,
@@ -89,7 +89,8 @@ def load(
     )
     device = native_name(place)
     free_before = free_bytes(place)
-    measured = policy in PLANNED or (draft_length == "auto" and draft is not None)
+    limited = traits_of(policy).limited_by is not None
+    measured = limited or (draft_length == "auto" and draft is not None)
     steps = Steps(progress or silent, 2 + (draft is not None) + measured)
     with (
         steps.step("target", "loading the target without its experts"),

@@ -29,6 +29,7 @@ from spmoe.models.loading import (
     load_tokenizer,
 )
 from spmoe.pinned import pinned_budget
+from spmoe.policies import PROBE
 from spmoe.predictor import draft_mismatch
 from spmoe.profile import Fingerprint, Profile
 from spmoe.progress import Progress, silent
@@ -200,7 +201,7 @@ def _small_pool(target: TargetModel, expert_memory: int | str, **options: Any) -
     slots = min(_LINK_SLOTS, store.layer_count * store.expert_count // 2)
     wanted = slot_bytes(store, max(slots, target.experts_per_token))
     given = expert_budget(expert_memory, store, resolve_device(str(options["device"])))
-    return target.open_runtime(expert_memory=min(wanted, given), policy="sp-moe", **options)
+    return target.open_runtime(expert_memory=min(wanted, given), policy=PROBE, **options)
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -11,8 +11,7 @@ from spmoe.costs import Costs
 from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
 from spmoe.draft_length import SMALL_BACKLOG, Measured
 from spmoe.fading import FadingMean, blend
-
-PLANNED = ("sp-moe", "horizon")  # policies that limits mean something to
+from spmoe.policies import Traits, traits_of
 
 # Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
 COUNTERS = (
@@ -51,9 +50,9 @@ class Limits:
     """What an iteration may prefetch.
 
     Attributes:
-        cutoff_layer: Leading layers that "sp-moe" prefetches for.
-        budget_bytes: What the link can move until each layer runs, for "horizon".
-        break_even: Probability of use from which a prefetch pays, for "horizon".
+        cutoff_layer: Leading layers that drafting prefetches for.
+        budget_bytes: What the link can move until each layer runs.
+        break_even: Probability of use from which a prefetch pays.
         read_last: Another draft step, for predictions alone, is expected to pay.
     """
 
@@ -62,11 +61,12 @@ class Limits:
     break_even: float
     read_last: bool
 
-    def uses_prediction(self, policy: str, layer: int) -> bool:
+    def uses_prediction(self, policy: str | Traits, layer: int) -> bool:
         """Whether a policy would do anything about a prediction for a layer."""
-        if policy == "sp-moe":
+        limited_by = traits_of(policy).limited_by
+        if limited_by == "cutoff_layer":
             return layer < self.cutoff_layer
-        return policy != "horizon" or self.break_even < 1
+        return limited_by is None or self.break_even < 1
 
 
 class Planner:
@@ -77,13 +77,13 @@ class Planner:
     Args:
         costs: Of this machine.
         shape: Of the target and its expert memory.
-        policy: What is prefetched by, as for `Runtime`.
+        policy: Name or traits of what is prefetched by.
     """
 
-    def __init__(self, costs: Costs, shape: Shape, *, policy: str) -> None:
+    def __init__(self, costs: Costs, shape: Shape, *, policy: str | Traits) -> None:
         self.costs = costs
         self.shape = shape
-        self.policy = policy
+        self.policy = traits_of(policy)
         self._demand_s = FadingMean(_NEWEST)  # waited for a demanded expert, nothing prefetched
         self._iterations = 0
         self._on_trial = False
@@ -108,7 +108,7 @@ class Planner:
         self._on_trial = doubtful and self._iterations % _TRIAL_EVERY == 0
         pays_from = 1.0 if self._on_trial else self._break_even()
         depth = 0  # no deeper than pays
-        if pays_from < 1 and self.policy == "sp-moe":
+        if pays_from < 1 and self.policy.limited_by == "cutoff_layer":
             fills = self._fills(draft_length + 1)
             waits = self._waits(due, fills, read_last=read_last, predicted=self._predicted)
             depth = cutoff_layer(waits)
@@ -204,8 +204,9 @@ class Planner:
 
     def _prefetches(self, rows: int) -> bool:
         """Whether anything may be prefetched for a verification of ``rows`` tokens."""
-        foreseen = self.policy == "horizon" or (self.policy == "sp-moe" and rows > 1)
-        return foreseen and self._break_even() < 1
+        foreseen = "target" in self.policy.reads or rows > 1  # the draft's states tell of drafts
+        limited = self.policy.limited_by is not None
+        return limited and foreseen and self._break_even() < 1
 
     def _waits(
         self, due: Sequence[float], fills: float, *, read_last: bool, predicted: float

@@ -27,13 +27,6 @@ from spmoe.layer_map import MAPPED_STATE, LayerMap
 from spmoe.routers import routers
 from spmoe.states import STATES, HasMoeLayers, check_state, decoder_layers, watch_input, watch_state
 
-# Policy -> the models whose states it predicts from.
-SOURCES: dict[str, tuple[str, ...]] = {
-    "next-gate": ("target",),
-    "sp-moe": ("draft",),
-    "horizon": ("draft", "target"),
-}
-
 Report = Callable[[int, torch.Tensor], None]  # MoE layer, scores [experts]
 Wanted = Callable[[int], bool]  # MoE layer -> whether a prediction for it is of any use now
 Fail = Callable[[Exception], None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spmoe.errors import InvalidArgument
+from spmoe.policies import traits_of
 
 Row = Mapping[str, Any]
 
@@ -102,7 +103,9 @@ def plot(path: str | PathLike[str], result: Mapping[str, Any]) -> None:
     for name, rows in lines.items():
         memory = [row["expert_memory_bytes"] / 1e6 for row in rows]
         axes.plot(memory, [row["tpot_s"]["mean"] * 1e3 for row in rows], marker="o", label=name)
-    bounds = [row for row in result["rows"] if row["policy"] == "oracle" and row["bound_tpot_s"]]
+    bounds = [
+        row for row in result["rows"] if traits_of(row["policy"]).replays and row["bound_tpot_s"]
+    ]
     if bounds:
         memory = [row["expert_memory_bytes"] / 1e6 for row in bounds]
         axes.plot(memory, [row["bound_tpot_s"] * 1e3 for row in bounds], "k--", label="bound")

@@ -17,6 +17,7 @@ from torch import nn
 
 from spmoe.errors import Error, InvalidArgument
 from spmoe.models.experts import without_contribution
+from spmoe.policies import SOURCES, instead
 from spmoe.states import HasMoeLayers, decoder_layers, read_text
 
 
@@ -91,12 +92,12 @@ def _find(target: HasMoeLayers) -> list[Router]:
         if first.norm is None or not first.called:
             raise InvalidArgument(
                 f"{name} has no norm before its experts or no gate, so its experts cannot be "
-                'predicted; use policy="on-demand"'
+                f"predicted; {instead(*SOURCES)}"
             )
         if not (_same(first.arguments, second.arguments) and first.keywords == second.keywords):
             raise InvalidArgument(
                 f"the router of {name} takes arguments that change by the pass, so its experts "
-                'cannot be predicted; use policy="on-demand"'
+                f"cannot be predicted; {instead(*SOURCES)}"
             )
         router = Router(first.norm, layer.gate, first.batched, first.arguments, first.keywords)
         _try(router, target, name)
@@ -174,10 +175,10 @@ def _try(router: Router, target: HasMoeLayers, name: str) -> None:
     except Exception as error:  # whatever the model's code raises
         raise InvalidArgument(
             f"the router of {name} cannot be called for predictions ({type(error).__name__}: "
-            f'{error}); use policy="on-demand"'
+            f"{error}); {instead(*SOURCES)}"
         ) from error
     if scores.shape != (2, target.store.expert_count):
         raise InvalidArgument(
             f"the router of {name} gives scores {list(scores.shape)} for 2 tokens and "
-            f'{target.store.expert_count} experts; use policy="on-demand"'
+            f"{target.store.expert_count} experts; {instead(*SOURCES)}"
         )

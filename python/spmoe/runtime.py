@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,15 @@ from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.expert_memory import expert_budget
 from spmoe.pinned import pinned_budget
-from spmoe.policies import EVICTIONS, POLICIES
+from spmoe.policies import (
+    BASELINE,
+    EVICTIONS,
+    POLICIES,
+    SOURCES,
+    Source,
+    eviction_of,
+    traits_of,
+)
 from spmoe.progress import Progress, silent
 
 __all__ = ["EVICTIONS", "POLICIES", "Runtime"]
@@ -25,7 +33,6 @@ __all__ = ["EVICTIONS", "POLICIES", "Runtime"]
 log = logging.getLogger("spmoe")
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
-_SOURCES = ("draft", "target")
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -74,9 +81,9 @@ class Runtime(Closeable):
         link_gbps: Paces the link to so many 10^9 bytes a second, at least 1e-6; 0 means as fast as
             it goes.
         policy: What is prefetched: one of `POLICIES`.
-        eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that goes with the
-            policy. None is "predicted-use" for "on-demand", the one of least traffic without
-            predictions (bench/results/evictions-8x.md), and "auto" for the other policies.
+        eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that the policy's
+            source uses. None is the one of least traffic for the policy: see
+            `spmoe.policies.Traits` and bench/results/evictions-8x.md.
         trace_spans: The latest spans of time to keep for `spans`; 0 means none.
         progress: Called as page-locked memory is filled, with a description, and done of total.
 
@@ -102,7 +109,7 @@ class Runtime(Closeable):
         compute_threads: int = 0,
         copy_threads: int = 2,
         link_gbps: float = 0.0,
-        policy: str = "on-demand",
+        policy: str = BASELINE,
         eviction: str | None = None,
         trace_spans: int = 0,
         pinned_memory: int | str = "auto",
@@ -112,6 +119,7 @@ class Runtime(Closeable):
             raise InvalidArgument(f"store is {shown(store)}; give what spmoe.open_store returned")
         if progress is not None and not callable(progress):
             raise InvalidArgument(f"progress is {shown(progress)}; give a function, or None")
+        traits = traits_of(policy)
         options: dict[str, Any] = {
             "experts_per_token": whole_number(
                 "experts_per_token", experts_per_token, 1, store.expert_count
@@ -122,16 +130,13 @@ class Runtime(Closeable):
             "compute_threads": whole_number("compute_threads", compute_threads, 0, _MOST_THREADS),
             "copy_threads": whole_number("copy_threads", copy_threads, 1, _MOST_THREADS),
             "link_gbps": real_number("link_gbps", link_gbps),
-            "policy": choice("policy", policy, POLICIES),
-            "eviction": choice(
-                "eviction",
-                _default_eviction(policy) if eviction is None else eviction,
-                ("auto", *EVICTIONS),
-            ),
+            "policy": traits.name,
+            "eviction": eviction_of(traits, eviction),
             "trace_spans": whole_number("trace_spans", trace_spans, 0, MOST_SPANS),
         }
         self.store = store
-        self.policy = policy
+        self.policy = traits.name
+        self.traits = traits
         self.trace_spans = trace_spans
         self.device = resolve_device(device)
         granted = expert_budget(
@@ -268,7 +273,7 @@ class Runtime(Closeable):
         layer: int,
         scores: torch.Tensor | np.ndarray[Any, Any],
         *,
-        source: Literal["draft", "target"] = "draft",
+        source: Source = "draft",
     ) -> None:
         """Report which experts the router of ``layer`` is expected to choose. Does not wait.
 
@@ -287,7 +292,7 @@ class Runtime(Closeable):
             source: Whose state they were made from.
         """
         layer = self._check_layer(layer)
-        choice("source", source, _SOURCES)
+        choice("source", source, SOURCES)
         count = self.store.expert_count
         shape = list(getattr(scores, "shape", [None]))
         if not isinstance(scores, (torch.Tensor, np.ndarray)) or shape != [count]:
@@ -325,10 +330,12 @@ class Runtime(Closeable):
     ) -> None:
         """Set what the measured costs of this machine allow; see `spmoe.cutoff`.
 
+        Each policy reads those that concern it; see docs/policies.md.
+
         Args:
-            cutoff_layer: Leading layers that "sp-moe" prefetches for; None means all.
-            budget_bytes: What the link can move until each layer runs, for "horizon"; or nothing.
-            break_even: Probability of use under which "horizon" does not prefetch.
+            cutoff_layer: Leading layers that drafting prefetches for; None means all.
+            budget_bytes: What the link can move until each layer runs; or nothing.
+            break_even: Probability of use under which nothing is prefetched.
 
         Raises:
             InvalidArgument: A value is negative or no number, or there is not one budget a layer.
@@ -355,7 +362,7 @@ class Runtime(Closeable):
         return self._native.recorded_routing()
 
     def replay_routing(self, routing: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Give the policy "oracle" and the eviction "belady" all of the routing to come."""
+        """Give policies that replay routing (`spmoe.policies.Traits`) all of it that is to come."""
         self._native.replay_routing(
             [self._check_call(call) for call in routing],
             self.store.layer_count,
@@ -439,11 +446,6 @@ class Runtime(Closeable):
         layer, experts = call
         last = self.store.expert_count - 1
         return self._check_layer(layer), [whole_number("expert", e, 0, last) for e in experts]
-
-
-def _default_eviction(policy: str) -> str:
-    # Without predictions its scores are frequencies, and a layer that has just run leaves first.
-    return "predicted-use" if policy == "on-demand" else "auto"
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

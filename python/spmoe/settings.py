@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from spmoe.config import (
-    check_choice,
     check_count,
     check_draft_length,
     check_link_gbps,
@@ -14,7 +13,8 @@ from spmoe.config import (
 )
 from spmoe.devices import resolve_device
 from spmoe.errors import InvalidArgument
-from spmoe.runtime import EVICTIONS, MOST_SPANS, POLICIES
+from spmoe.policies import eviction_of, traits_of
+from spmoe.runtime import MOST_SPANS
 
 _MAX_CONTEXT = 1 << 30  # tokens
 
@@ -45,8 +45,7 @@ def check_settings(
     check_memory(expert_memory)
     check_pinned_memory(pinned_memory)
     check_draft_length(draft_length)
-    check_choice("policy", policy, POLICIES)
-    check_choice("eviction", eviction, ("auto", *EVICTIONS))
+    eviction_of(traits_of(policy), eviction)
     check_link_gbps(link_gbps)
     check_count("trace_spans", trace_spans, least=0, most=MOST_SPANS)
     if max_context is not None:

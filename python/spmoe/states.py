@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spmoe.errors import InvalidArgument
+from spmoe.policies import instead
 
 # State of a layer -> the names of the module that it is read at, which differ between families,
 # and whether it is that module's input.
@@ -60,7 +61,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
     if layers is None:
         raise InvalidArgument(
             f"{type(model).__name__} has no decoder layers under the name that transformers uses, "
-            'so its states cannot be read; use policy="next-gate" or policy="on-demand"'
+            f"so its states cannot be read; {instead('draft')}"
         )
     return layers
 
@@ -96,7 +97,7 @@ def watch_state(hooks: ExitStack, layer: nn.Module, state: str, observe: Observe
     if not found:
         raise InvalidArgument(
             f'{type(layer).__name__} has no {" or ".join(names)}, so its state "{state}" cannot be '
-            'read; use policy="next-gate" or policy="on-demand"'
+            f"read; {instead('draft')}"
         )
 
     module: nn.Module = found[0]

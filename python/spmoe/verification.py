@@ -18,6 +18,7 @@ from spmoe.loader import load
 from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.models.text import Prompt
+from spmoe.policies import DEFAULT
 from spmoe.progress import Progress, silent
 
 _LIKELIEST = 8  # scores kept of each row: a token further down is no near tie
@@ -112,7 +113,7 @@ def verify(
     max_new_tokens: int = 64,
     draft_length: int | str = 4,
     expert_memory: int | str = "auto",
-    policy: str = "horizon",
+    policy: str = DEFAULT,
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
     device: str = "auto",

@@ -14,6 +14,7 @@
 
 #include "base/error.hpp"
 #include "message_of.hpp"
+#include "policy_names.hpp"
 #include "policy_world.hpp"
 #include "schedule/policies.hpp"
 
@@ -47,7 +48,7 @@ SchedulerShape shape_of(SlotIndex slot_count) {
 struct Made {
   Made(const std::string& name, SlotIndex slot_count)
       : world{shape_of(slot_count)},
-        policy{make_eviction_policy({.prefetch = "on-demand", .eviction = name}, world.view())} {}
+        policy{eviction_policy({.eviction = name}).make(world.view())} {}
 
   EvictionPolicy* operator->() const { return policy.get(); }
 
@@ -118,8 +119,6 @@ class EvictionPolicyContract : public ::testing::TestWithParam<std::string> {
  protected:
   static Made make(SlotIndex slot_count) { return Made{GetParam(), slot_count}; }
 };
-
-TEST_P(EvictionPolicyContract, goes_by_its_name) { EXPECT_EQ(make(1)->name(), GetParam()); }
 
 TEST_P(EvictionPolicyContract, the_only_candidate_is_the_victim) {
   const Made policy = make(4);
@@ -204,16 +203,25 @@ TEST(EvictionPolicies, an_unknown_name_is_refused_with_those_there_are) {
 }
 
 TEST(EvictionPolicies, auto_is_the_one_that_the_prefetch_policy_s_source_uses) {
-  const PolicyWorld world{shape_of(2)};
-  const auto name_for = [&](const char* prefetch) {
-    return std::string{make_eviction_policy({prefetch, "auto"}, world.view())->name()};
+  const auto name_for = [](const char* prefetch) {
+    return eviction_policy({prefetch, "auto"}).name;
   };
   EXPECT_EQ(name_for("on-demand"), "lru");
   EXPECT_EQ(name_for("sp-moe"), "lru");
   EXPECT_EQ(name_for("activation-trace"), "activation-reuse");
   EXPECT_EQ(name_for("horizon"), "predicted-use");
   EXPECT_EQ(name_for("oracle"), "belady");
-  EXPECT_THROW(name_for("psychic"), InvalidArgument);
+  EXPECT_THROW(static_cast<void>(name_for("psychic")), InvalidArgument);
+}
+
+TEST(EvictionPolicies, of_every_row_of_prefetching_are_there) {
+  for (const PrefetchEntry& row : prefetch_policies()) {
+    const PolicyNames own{.prefetch = std::string{row.name}};
+    const PolicyNames best{.eviction = std::string{row.default_eviction}};
+    EXPECT_EQ(eviction_policy(own).name, row.eviction);
+    EXPECT_EQ(eviction_policy(best).name, row.default_eviction);
+    EXPECT_EQ(eviction_policy(own).replays, row.replays);  // both are told, or neither
+  }
 }
 
 TEST(Belady, keeps_what_is_used_again_soonest) {

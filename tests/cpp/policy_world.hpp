@@ -1,9 +1,7 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "schedule/prefetch_policy.hpp"
@@ -43,11 +41,5 @@ struct PolicyWorld {
   ActivationHistory history;
   RoutingTrace trace;
 };
-
-/// A policy's name as gtest takes it.
-inline std::string test_name(std::string policy) {
-  std::ranges::replace(policy, '-', '_');
-  return policy;
-}
 
 }  // namespace spmoe

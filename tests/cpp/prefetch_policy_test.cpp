@@ -16,6 +16,7 @@
 #include "allocation_counter.hpp"
 #include "base/error.hpp"
 #include "message_of.hpp"
+#include "policy_names.hpp"
 #include "policy_world.hpp"
 #include "schedule/policies.hpp"
 
@@ -38,7 +39,7 @@ constexpr SchedulerShape shape{layer_count, expert_count, /*slot_count=*/8, blob
 class Driven {
  public:
   explicit Driven(const std::string& name)
-      : policy_{make_prefetch_policy({.prefetch = name}, world.view(), limits)} {}
+      : policy_{prefetch_policy({.prefetch = name}).make(world.view(), limits)} {}
 
   void predict(std::uint16_t layer, const Scores& scores, PredictionSource source = draft) {
     world.forecast.predict(layer, scores);
@@ -91,8 +92,6 @@ class PrefetchPolicyContract : public ::testing::TestWithParam<std::string> {
     ASSERT_EQ(std::ranges::adjacent_find(waiting), waiting.end());
   }
 };
-
-TEST_P(PrefetchPolicyContract, goes_by_its_name) { EXPECT_EQ(policy->name(), GetParam()); }
 
 TEST_P(PrefetchPolicyContract, asks_for_experts_of_the_model_only_and_allocates_nothing) {
   constexpr float odd[] = {std::numeric_limits<float>::quiet_NaN(),

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "layer_calls.hpp"
+#include "policy_names.hpp"
 #include "scheduler_driver.hpp"
 
 namespace spmoe {

@@ -23,6 +23,7 @@
 #include "fake_store.hpp"
 #include "layer_calls.hpp"
 #include "message_of.hpp"
+#include "policy_names.hpp"
 
 namespace spmoe {
 namespace {

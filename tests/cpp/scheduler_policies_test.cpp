@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "allocation_counter.hpp"
-#include "policy_world.hpp"
+#include "policy_names.hpp"
 #include "scheduler_driver.hpp"
 
 namespace spmoe {

@@ -11,6 +11,7 @@ import torch
 
 from spmoe import probe
 from spmoe.bench.cell import Cell, Models, Tally, open_engine, run_prompt
+from spmoe.policies import BASELINE, PROBE, traits_of
 from spmoe.runtime import Runtime
 
 _PEAK_SAMPLES = 5  # of which the best counts
@@ -22,7 +23,7 @@ def run_resident(
     models: Models, length: int | str, tokens: list[int], count: int, tally: Tally
 ) -> None:
     """Add what decoding takes with nothing to wait for."""
-    with open_engine(models, Cell("on-demand", "auto", "100%", length)) as engine:
+    with open_engine(models, Cell(BASELINE, "auto", "100%", length)) as engine:
         touch_all(engine.runtime)
         run_prompt(engine, tokens, count, tally)
 
@@ -39,7 +40,7 @@ def touch_all(runtime: Runtime) -> None:
 
 def link_peak_gbps(models: Models, link_gbps: float) -> float:
     """Return what the link moves at best, nothing computed beside, 10^9 bytes a second."""
-    cell = Cell("sp-moe", "auto", "25%", 0)
+    cell = Cell(PROBE, "auto", "25%", 0)
     with open_engine(models, cell, link_gbps=link_gbps) as engine:
         rates = probe.rates(engine.runtime, models.target.experts_per_token)
         next(rates)  # slots are touched
@@ -48,7 +49,7 @@ def link_peak_gbps(models: Models, link_gbps: float) -> float:
 
 def record_routing(models: Models, length: int | str, tokens: list[int], count: int) -> Routing:
     """Return what a run of this draft length needs, layer by layer."""
-    recording = Cell("on-demand", "auto", "100%", length)
+    recording = Cell(BASELINE, "auto", "100%", length)
     with open_engine(models, recording) as engine:
         engine.runtime.record_routing()
         run_prompt(engine, tokens, count, Tally())
@@ -98,7 +99,7 @@ def add_bounds(
         oracle_bytes = [
             other["bytes_per_token"]
             for other in rows
-            if other["policy"] == "oracle" and all(other[key] == row[key] for key in same)
+            if traits_of(other["policy"]).replays and all(other[key] == row[key] for key in same)
         ]
         if oracle_bytes:
             link_s = min(oracle_bytes) / (peak_gbps * 1e9)

@@ -15,6 +15,7 @@ from spmoe.engine import Engine
 from spmoe.estimate import estimate
 from spmoe.layer_map import LayerMap
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
+from spmoe.policies import PROBE
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 
 _COUNTERS = (
@@ -93,7 +94,7 @@ def load_models(
     costs = known_costs(fingerprint)
     if costs is None:
         with loaded.open_runtime(
-            expert_memory="50%", policy="sp-moe", link_gbps=link_gbps, device=device
+            expert_memory="50%", policy=PROBE, link_gbps=link_gbps, device=device
         ) as runtime:
             costs = estimate(loaded, drafter, runtime)
     layer_map = known_layer_map(fingerprint)

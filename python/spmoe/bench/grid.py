@@ -28,9 +28,9 @@ from spmoe.errors import InvalidArgument
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
+from spmoe.policies import BASELINE, POLICIES, traits_of
 from spmoe.progress import Progress, silent
 from spmoe.prompts import Prompt
-from spmoe.runtime import POLICIES
 from spmoe.settings import check_dtype
 
 
@@ -81,11 +81,11 @@ def bench(
         )
     report = progress or silent
     grid = itertools.product(policies, evictions, expert_memory, draft_lengths)
-    # The oracle replays a run's routing, and with "auto" no run is like another.
+    # A policy that replays needs a run's routing, and with "auto" no run is like another.
     cells = [
         cell
         for cell in itertools.starmap(Cell, grid)
-        if (cell.policy, cell.draft_length) != ("oracle", "auto")
+        if not (traits_of(cell.policy).replays and cell.draft_length == "auto")
     ]
     models = load_models(
         target, draft, dtype=check_dtype(dtype), link_gbps=link_gbps, device=device
@@ -97,7 +97,7 @@ def bench(
     def tell(description: str) -> None:
         report(description, next(done), runs)
 
-    with open_engine(models, Cell("on-demand", "auto", "100%", 0)) as warm:
+    with open_engine(models, Cell(BASELINE, "auto", "100%", 0)) as warm:
         encoded = [warm.encode(prompt.text) for prompt in prompts]
     alone = list(_decode_alone(target, encoded, max_new_tokens, chosen, tell))
     tallies = {cell: Tally() for cell in cells}
@@ -110,10 +110,11 @@ def bench(
                 tell(f"everything resident, draft length {length}")
             for cell in cells:
                 key = (cell.draft_length, number)
-                if cell.policy == "oracle" and key not in routings:
+                replays = traits_of(cell.policy).replays
+                if replays and key not in routings:
                     routings[key] = record_routing(models, key[0], tokens, max_new_tokens)
                 with open_engine(models, cell, link_gbps=link_gbps) as engine:
-                    if cell.policy == "oracle":
+                    if replays:
                         engine.runtime.replay_routing(routings[key])
                     if degrade_prediction:
                         degrade(engine.runtime, degrade_prediction)

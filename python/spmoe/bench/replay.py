@@ -13,7 +13,7 @@ import torch
 from spmoe.bench.scripted import Experts, Request, ScriptedIteration
 from spmoe.costs import Costs
 from spmoe.planner import COUNTERS, Planner, Shape
-from spmoe.predictor import SOURCES, join
+from spmoe.predictor import join
 from spmoe.runtime import Runtime
 
 # Counters of `Runtime.stats` that a row needs.
@@ -96,7 +96,7 @@ class Replay:
             experts_per_token=experts_per_token,
             memory_bytes=runtime.expert_memory_bytes,
         )
-        self.planner = Planner(costs, shape, policy=runtime.policy)
+        self.planner = Planner(costs, shape, policy=runtime.traits)
 
     def run(self, request: Request) -> list[float]:
         """Run one request; return the seconds of each iteration."""
@@ -113,10 +113,10 @@ class Replay:
             break_even=limits.break_even,
         )
         told = [
-            limits.uses_prediction(runtime.policy, layer)
+            limits.uses_prediction(runtime.traits, layer)
             for layer in range(runtime.store.layer_count)
         ]
-        sources = SOURCES.get(runtime.policy, ())
+        sources = runtime.traits.reads
         start = time.perf_counter()
         for row in range(iteration.drafted):
             time.sleep(self.pace.draft_s / 2)

@@ -12,7 +12,7 @@ import click
 
 from spmoe.cli.progress import Report, progress_bar
 from spmoe.cli.types import DEVICE, DRAFT_LENGTH, MEMORY, PINNED_MEMORY
-from spmoe.policies import EVICTIONS, POLICIES
+from spmoe.policies import DEFAULT, EVICTIONS, POLICIES
 
 VARIANTS = ("8x", "32x")
 
@@ -134,7 +134,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             option(
                 "--policy",
                 type=click.Choice(POLICIES),
-                default="horizon",
+                default=DEFAULT,
                 help="What is prefetched; see docs/policies.md.",
             ),
             option(

@@ -195,7 +195,7 @@ def _open(files: Sequence[Path], sample: Sample, device: str, **options: Any) ->
         expert_memory=sample.layer_bytes,
         experts_per_token=1,
         device=device,
-        eviction="lru",  # misses every expert of a pass, so that each is moved
+        eviction="auto",  # misses every expert of a pass, so that each is moved
         **options,
     )
 

@@ -16,6 +16,7 @@
 #include "fake_cuda.hpp"
 #include "layer_calls.hpp"
 #include "message_of.hpp"
+#include "policy_names.hpp"
 
 namespace spmoe {
 namespace {
@@ -183,7 +184,7 @@ TEST_P(CudaLossless, gives_the_host_s_bits_at_every_eviction_budget_and_tier) {
       Caller caller{round % 2 == 0};
       const std::uint32_t seed = 40 + round % 3;
       const auto calls = conversation(seed);
-      if (GetParam() == "oracle" || eviction == "belady") {
+      if (prefetch_policy(some.policies).replays || eviction_policy(some.policies).replays) {
         Runtime host{store(), options(all_slots)};
         host.record_routing(true);
         static_cast<void>(run(host, calls));
@@ -197,16 +198,8 @@ TEST_P(CudaLossless, gives_the_host_s_bits_at_every_eviction_budget_and_tier) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(policies, CudaLossless, ::testing::ValuesIn([] {
-                           std::vector<std::string> names;
-                           for (const auto name : prefetch_policy_names()) names.emplace_back(name);
-                           return names;
-                         }()),
-                         [](const auto& test) {
-                           std::string name = test.param;
-                           std::ranges::replace(name, '-', '_');
-                           return name;
-                         });
+INSTANTIATE_TEST_SUITE_P(policies, CudaLossless, ::testing::ValuesIn(prefetch_policy_names()),
+                         [](const auto& test) { return test_name(test.param); });
 
 TEST(CudaRuntime, counts_every_byte_once_all_copies_have_landed) {
   const Session session;
