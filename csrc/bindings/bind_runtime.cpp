@@ -206,6 +206,28 @@ void bind_runtime(py::module_& m) {
                                 .break_even = break_even});
           },
           py::arg("cutoff_layer"), py::arg("budget_bytes"), py::arg("break_even"))
+      .def(
+          "plan",
+          [](Runtime& runtime,
+             const std::vector<std::pair<std::uint16_t, std::uint16_t>>& experts) {
+            std::vector<ExpertId> ids;
+            ids.reserve(experts.size());
+            for (const auto& [layer, expert] : experts) ids.push_back({layer, expert});
+            const Unlocked unlocked;
+            runtime.plan(ids);
+          },
+          py::arg("experts"), "Replace the prefetches that wait by (layer, expert), in this order.")
+      .def(
+          "residency",
+          [](const Runtime& runtime) {
+            std::vector<std::uint8_t> resident;
+            {
+              const Unlocked unlocked;
+              resident = runtime.residency();
+            }
+            return py::bytes{reinterpret_cast<const char*>(resident.data()), resident.size()};
+          },
+          "Whether each expert is resident or being filled: a byte, 1 or 0, for [layer, expert].")
       .def("record_routing", &Runtime::record_routing, py::arg("on"))
       .def("recorded_routing",
            [](const Runtime& runtime) { return to_list(runtime.recorded_routing()); })

@@ -240,6 +240,30 @@ void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const floa
   start_fills();
 }
 
+void Runtime::plan(std::span<const ExpertId> experts) {
+  const auto lock = lock_open();
+  for (const ExpertId expert : experts) {
+    require_layer(expert.layer);
+    if (expert.expert >= store_->expert_count()) {
+      throw InvalidArgument{"expert " + std::to_string(expert.expert) +
+                            " planned, but a layer has experts 0 to " +
+                            std::to_string(store_->expert_count() - 1)};
+    }
+  }
+  scheduler_.plan(experts);
+  start_fills();
+}
+
+std::vector<std::uint8_t> Runtime::residency() const {
+  const auto lock = lock_open();
+  std::vector<std::uint8_t> resident(std::size_t{store_->layer_count()} * store_->expert_count());
+  for (const Slot& slot : scheduler_.slots().slots()) {
+    if (slot.state == SlotState::empty) continue;
+    resident[std::size_t{slot.expert.layer} * store_->expert_count() + slot.expert.expert] = 1;
+  }
+  return resident;
+}
+
 void Runtime::set_limits(const PrefetchLimits& limits) {
   const auto lock = lock_open();
   if (!limits.budget_bytes.empty() && limits.budget_bytes.size() != store_->layer_count()) {

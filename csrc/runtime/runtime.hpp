@@ -100,6 +100,13 @@ class Runtime {
   void predict(std::uint16_t layer, const float* scores, PredictionSource source,
                std::uintptr_t consumer);
 
+  /// Replaces the prefetches that wait for the link; see `Scheduler::plan`. Waits for nothing.
+  /// @throws InvalidArgument if the store has no such expert.
+  void plan(std::span<const ExpertId> experts);
+
+  /// Whether each expert is resident or being filled, [layer, expert]: 1 or 0.
+  [[nodiscard]] std::vector<std::uint8_t> residency() const;
+
   /// What the measured costs of the machine allow from now on.
   /// @throws InvalidArgument if there is neither no budget nor one for each layer.
   void set_limits(const PrefetchLimits& limits);

@@ -85,6 +85,16 @@ void Scheduler::predict(std::uint16_t layer, std::span<const float> scores,
   prefetch_->on_prediction({layer, source, scores}, queue_);
 }
 
+void Scheduler::plan(std::span<const ExpertId> experts) {
+  iterating_ = true;
+  for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) {
+    if (layer != ahead_layer_) queue_.cancel_layer(layer, FillKind::prefetch);
+  }
+  for (std::size_t i = experts.size(); i-- > 0;) {  // an expert's first place counts
+    queue_.push(experts[i], FillKind::prefetch, static_cast<double>(i));
+  }
+}
+
 void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts,
                      std::span<const std::uint32_t> rows, std::uint32_t tokens) {
   LayerStats& stats = stats_.at(layer);

@@ -80,6 +80,10 @@ class Scheduler {
   void predict(std::uint16_t layer, std::span<const float> scores,
                PredictionSource source = PredictionSource::draft);
 
+  /// Replaces the prefetches that wait by `experts`, in that order, those of the next layer of a
+  /// prompt apart. They end as predictions do: when their layer runs, or the iteration ends.
+  void plan(std::span<const ExpertId> experts);
+
   /// The target runs `experts` of `layer` now; distinct. Residents are leased at once, the others
   /// become demands, ahead of every prefetch. In a pass of a prompt (more than 32 tokens, or all
   /// experts of the layer), those of the next layer are read ahead into spare slots.
@@ -140,6 +144,7 @@ class Scheduler {
 
   [[nodiscard]] std::span<const LayerStats> stats() const noexcept { return stats_; }
   [[nodiscard]] const UseForecast& forecast() const noexcept { return forecast_; }
+  [[nodiscard]] const SlotTable& slots() const noexcept { return slots_; }
   [[nodiscard]] SlotIndex resident_count() const;
   [[nodiscard]] std::size_t queue_depth() const noexcept { return queue_.size(); }
   [[nodiscard]] std::string_view prefetch_name() const noexcept { return prefetch_row_.name; }

@@ -23,6 +23,7 @@ __all__ = [
     "InvalidArgument",
     "Metrics",
     "OutOfMemory",
+    "Policy",
     "Runtime",
     "Verification",
     "__version__",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
     from spmoe.loader import load
     from spmoe.metrics import Metrics
+    from spmoe.policies import Policy
     from spmoe.request import Generation
     from spmoe.runtime import Runtime
     from spmoe.store import open_store
@@ -56,6 +58,7 @@ else:
         ),
         "spmoe.loader": ("load",),
         "spmoe.metrics": ("Metrics",),
+        "spmoe.policies": ("Policy",),
         "spmoe.request": ("Generation",),
         "spmoe.runtime": ("Runtime",),
         "spmoe.store": ("open_store",),

@@ -115,6 +115,10 @@ class Runtime:
         """
         Plant faults in the link, for tests: the n-th piece fails, pieces wait at random.
         """
+    def plan(self, experts: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]]) -> None:
+        """
+        Replace the prefetches that wait by (layer, expert), in this order.
+        """
     def predict(self, layer: typing.SupportsInt | typing.SupportsIndex, scores: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], source: str = 'draft') -> None:
         """
         Scores of the target's router, float32 [experts].
@@ -131,6 +135,10 @@ class Runtime:
         ...
     def reset(self) -> None:
         ...
+    def residency(self) -> bytes:
+        """
+        Whether each expert is resident or being filled: a byte, 1 or 0, for [layer, expert].
+        """
     def set_limits(self, cutoff_layer: typing.SupportsInt | typing.SupportsIndex, budget_bytes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], break_even: typing.SupportsFloat | typing.SupportsIndex) -> None:
         ...
     def spans(self) -> list:

@@ -17,7 +17,7 @@ from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.out_of_memory import out_of_memory
 from spmoe.pairing import check_pairing
-from spmoe.policies import DEFAULT, traits_of
+from spmoe.policies import DEFAULT, Policy, traits_of
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, Steps, silent
 from spmoe.settings import check_dtype, check_settings
@@ -37,7 +37,7 @@ def load(
     device: str = "auto",
     pinned_memory: int | str = "auto",
     draft_length: int | str = "auto",
-    policy: str = DEFAULT,
+    policy: str | Policy = DEFAULT,
     eviction: str = "auto",
     dtype: torch.dtype | str | None = None,
     max_context: int | None = None,
@@ -58,7 +58,8 @@ def load(
             be used.
         pinned_memory: As for `Runtime`.
         draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
-        policy: What is prefetched: one of `spmoe.runtime.POLICIES`. Changes speed, never the text.
+        policy: What is prefetched: one of `spmoe.runtime.POLICIES`, or a `Policy`. Changes speed,
+            never the text.
         eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
         dtype: Of the target's activations and of all its weights but the experts', which keep the
             checkpoint's; None means float32 on the host, the checkpoint's own on CUDA. The draft

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from spmoe import _core
 from spmoe.arguments import choice, real_number, shown, whole_number
 from spmoe.closeable import Closeable, close_at_exit, working
-from spmoe.config import format_bytes
+from spmoe.config import MAX_ROWS, format_bytes
 from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.expert_memory import expert_budget
@@ -22,6 +23,8 @@ from spmoe.policies import (
     EVICTIONS,
     POLICIES,
     SOURCES,
+    Event,
+    Policy,
     Source,
     eviction_of,
     traits_of,
@@ -80,7 +83,7 @@ class Runtime(Closeable):
         copy_threads: Threads that read from the store, 1 to 1024.
         link_gbps: Paces the link to so many 10^9 bytes a second, at least 1e-6; 0 means as fast as
             it goes.
-        policy: What is prefetched: one of `POLICIES`.
+        policy: What is prefetched: one of `POLICIES`, or a `spmoe.Policy`.
         eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that the policy's
             source uses. None is the one of least traffic for the policy: see
             `spmoe.policies.Traits` and bench/results/evictions-8x.md.
@@ -109,7 +112,7 @@ class Runtime(Closeable):
         compute_threads: int = 0,
         copy_threads: int = 2,
         link_gbps: float = 0.0,
-        policy: str = BASELINE,
+        policy: str | Policy = BASELINE,
         eviction: str | None = None,
         trace_spans: int = 0,
         pinned_memory: int | str = "auto",
@@ -120,6 +123,7 @@ class Runtime(Closeable):
         if progress is not None and not callable(progress):
             raise InvalidArgument(f"progress is {shown(progress)}; give a function, or None")
         traits = traits_of(policy)
+        custom = policy if isinstance(policy, Policy) else None
         options: dict[str, Any] = {
             "experts_per_token": whole_number(
                 "experts_per_token", experts_per_token, 1, store.expert_count
@@ -130,13 +134,15 @@ class Runtime(Closeable):
             "compute_threads": whole_number("compute_threads", compute_threads, 0, _MOST_THREADS),
             "copy_threads": whole_number("copy_threads", copy_threads, 1, _MOST_THREADS),
             "link_gbps": real_number("link_gbps", link_gbps),
-            "policy": traits.name,
+            "policy": traits.name if custom is None else BASELINE,
             "eviction": eviction_of(traits, eviction),
             "trace_spans": whole_number("trace_spans", trace_spans, 0, MOST_SPANS),
         }
         self.store = store
         self.policy = traits.name
         self.traits = traits
+        self._custom = custom  # until it fails
+        self._planning = threading.RLock()  # a plan may call `predict`
         self.trace_spans = trace_spans
         self.device = resolve_device(device)
         granted = expert_budget(
@@ -243,6 +249,8 @@ class Runtime(Closeable):
             x = _readable(x)
             top_k_index = _readable(top_k_index.to(self.device, torch.int64))
             top_k_weights = _readable(top_k_weights)
+            if self._custom is not None and x.shape[0] <= MAX_ROWS:
+                self._plan("access", layer, experts=top_k_index.unique().cpu().numpy())
             out = torch.empty_like(x)
             self._native.forward(
                 layer,
@@ -307,11 +315,39 @@ class Runtime(Closeable):
                 )
             if scores.device.type != "cpu":
                 self._predict_on_device(layer, scores, source)
+                if self._custom is not None:
+                    known = _readable(scores.float()).cpu().numpy()
+                    self._plan("prediction", layer, source=source, scores=known)
                 return
             scores = _readable(scores.to(torch.float32)).numpy()
         elif scores.dtype.kind not in "biuf":
             raise InvalidArgument(f"scores must be real numbers, got {scores.dtype}")
-        self._native.predict(layer, np.ascontiguousarray(scores, dtype=np.float32), source)
+        values = np.ascontiguousarray(scores, dtype=np.float32)
+        self._native.predict(layer, values, source)
+        if self._custom is not None:
+            self._plan("prediction", layer, source=source, scores=values)
+
+    def _plan(self, kind: Literal["prediction", "access", "end"], layer: int, **seen: Any) -> None:
+        """Let the policy written in Python plan by an event; one that fails is off from then on."""
+        with self._planning:
+            policy = self._custom
+            if policy is None:
+                return
+            shape = (self.store.layer_count, self.store.expert_count)
+            resident = np.frombuffer(self._native.residency(), dtype=np.bool_).reshape(shape)
+            try:
+                wanted = policy.plan(Event(kind, layer, resident, **seen))
+                plan = None if wanted is None else [self._check_planned(pair) for pair in wanted]
+            except Exception as error:  # of the user's code
+                self._custom, plan = None, []
+                log.warning(
+                    "the policy %s is off, and experts are fetched on demand (%s: %s)",
+                    self.policy,
+                    type(error).__name__,
+                    error,
+                )
+            if plan is not None:
+                self._native.plan(plan)
 
     def _predict_on_device(self, layer: int, scores: torch.Tensor, source: str) -> None:
         if scores.device != self.device:
@@ -388,6 +424,8 @@ class Runtime(Closeable):
             DeviceError: A copy that this iteration computed from failed after all.
         """
         self._native.end_iteration(whole_number("accepted", accepted, 0, _MOST_COUNT))
+        if self._custom is not None:
+            self._plan("end", 0)
 
     def reset(self) -> None:
         """Make it as new: nothing resident, learnt or recorded, no limits, all counters 0.
@@ -424,7 +462,7 @@ class Runtime(Closeable):
         bytes not moved of prefetches that were cancelled in flight; bytes that these moved are
         wasted.
         """
-        return self._native.stats(bool(by_layer))
+        return self._native.stats(bool(by_layer)) | {"policy": self.policy}
 
     def close(self) -> None:
         """End the copies in flight and give threads and memory back. May be called twice.
@@ -436,6 +474,12 @@ class Runtime(Closeable):
 
     def _check_layer(self, layer: int) -> int:
         return whole_number("layer", layer, 0, self.store.layer_count - 1)
+
+    def _check_planned(self, pair: Any) -> tuple[int, int]:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InvalidArgument(f"plan holds {shown(pair)}; give (layer, expert) pairs")
+        last = self.store.expert_count - 1
+        return self._check_layer(pair[0]), whole_number("expert", pair[1], 0, last)
 
     def _check_call(self, call: tuple[int, Sequence[int]]) -> tuple[int, list[int]]:
         if not isinstance(call, Sequence) or len(call) != 2 or not isinstance(call[1], Sequence):

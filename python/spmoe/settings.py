@@ -13,7 +13,7 @@ from spmoe.config import (
 )
 from spmoe.devices import resolve_device
 from spmoe.errors import InvalidArgument
-from spmoe.policies import eviction_of, traits_of
+from spmoe.policies import Policy, eviction_of, traits_of
 from spmoe.runtime import MOST_SPANS
 
 _MAX_CONTEXT = 1 << 30  # tokens
@@ -26,7 +26,7 @@ def check_settings(
     expert_memory: int | str,
     pinned_memory: int | str,
     draft_length: int | str,
-    policy: str,
+    policy: str | Policy,
     eviction: str,
     device: str,
     dtype: torch.dtype | str | None,

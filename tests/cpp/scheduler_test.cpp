@@ -401,6 +401,28 @@ TEST(Scheduler, prefetches_of_sp_moe_are_used_by_the_layers_they_are_for) {
   EXPECT_EQ(total(scheduler).prefetch_used_bytes, 6 * blob_bytes);
 }
 
+TEST(Scheduler, a_plan_takes_the_place_of_what_waits_and_is_served_in_its_order) {
+  Scheduler scheduler{{4, 4, 6, blob_bytes}, {"sp-moe"}};
+  scheduler.predict(1, std::vector{1.5F, 0.0F, 0.0F, 0.0F});
+  scheduler.plan(std::vector<ExpertId>{{3, 2}, {1, 1}, {3, 2}, {2, 0}});
+  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{3, 2}, {1, 1}, {2, 0}}));
+  EXPECT_EQ(run(scheduler, 1, {1}), 0u);
+  EXPECT_EQ(total(scheduler).hits, 1u);
+  EXPECT_EQ(total(scheduler).prefetch_used_bytes, blob_bytes);
+  scheduler.plan(std::vector<ExpertId>{{2, 3}});
+  scheduler.plan({});
+  EXPECT_TRUE(land_prefetches(scheduler).empty());
+}
+
+TEST(Scheduler, a_plan_leaves_the_next_layer_of_a_prompt_to_be_read_ahead) {
+  Scheduler scheduler = make(3, 2, 6);
+  scheduler.need(0, all_of(2));
+  scheduler.plan(std::vector<ExpertId>{{2, 1}});
+  std::vector<ExpertId> filled;
+  for (const Fill& fill : start(scheduler)) filled.push_back(fill.expert);
+  EXPECT_EQ(filled, (std::vector<ExpertId>{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {2, 1}}));
+}
+
 TEST(Scheduler, a_demand_takes_of_what_was_prefetched_for_this_pass_what_is_needed_last) {
   for (const std::string& eviction : eviction_policy_names()) {
     if (eviction_policy({.eviction = eviction}).replays) continue;  // knows no routing here

@@ -22,6 +22,12 @@ def test_generate_writes_text_and_figures(target_path: Path, draft_path: Path) -
         assert "tokens/s" in run("generate.py", *arguments)
 
 
+@pytest.mark.slow
+def test_a_policy_in_python_prefetches_what_is_used(target_path: Path, draft_path: Path) -> None:
+    for arguments in ([target_path], [target_path, draft_path]):
+        assert "MB prefetched and used" in run("custom_policy.py", *arguments)
+
+
 def test_plain_torch_runs_every_layer(target_path: Path) -> None:
     assert "misses" in run("plain_torch.py", *target_path.glob("*.safetensors"))
 
