@@ -19,7 +19,6 @@ class TransferQueue {
   /// Room for `capacity` distinct experts, all that the model has.
   explicit TransferQueue(std::size_t capacity);
 
-  [[nodiscard]] bool empty() const noexcept { return waiting_.empty(); }
   [[nodiscard]] std::size_t size() const noexcept { return waiting_.size(); }
 
   struct Entry {
@@ -34,10 +33,8 @@ class TransferQueue {
 
   /// The i-th entry to serve; `i < size()`.
   [[nodiscard]] const Entry& operator[](std::size_t i) const { return waiting_[i]; }
-  [[nodiscard]] const Entry& front() const { return waiting_.front(); }
 
   void erase(std::size_t i) { waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i)); }
-  void pop_front() { erase(0); }
 
   /// Withdraws an expert, whatever it waits for. Returns whether it was waiting.
   bool cancel(ExpertId expert);

@@ -115,8 +115,4 @@ float UseForecast::value(ExpertId expert, std::uint16_t current_layer) const {
   return away * (first + (1 - first) * discounts_.back() * later);
 }
 
-std::span<const float> UseForecast::scores(std::uint16_t layer) const {
-  return std::span{scores_}.subspan(place({layer, 0}), shape_.expert_count);
-}
-
 }  // namespace spmoe

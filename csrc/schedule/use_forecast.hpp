@@ -55,9 +55,6 @@ class UseForecast {
   /// Whether the layer has run in this iteration.
   [[nodiscard]] bool ran(std::uint16_t layer) const { return state_[layer] == State::ran; }
 
-  /// Joined scores of this iteration, [expert_count].
-  [[nodiscard]] std::span<const float> scores(std::uint16_t layer) const;
-
   /// One step of the calibration: predictions of about the same score.
   struct Bucket {
     float score_from;        ///< the next bucket's is where it ends

@@ -20,8 +20,8 @@ using Entries = std::vector<std::pair<ExpertId, FillKind>>;
 /// What `queue` would serve, in order. Empties it.
 Entries drain(TransferQueue& queue) {
   Entries served;
-  for (; !queue.empty(); queue.pop_front()) {
-    served.emplace_back(queue.front().expert, queue.front().kind);
+  for (; queue.size() > 0; queue.erase(0)) {
+    served.emplace_back(queue[0].expert, queue[0].kind);
   }
   return served;
 }
@@ -123,7 +123,7 @@ TEST(TransferQueue, an_expert_is_cancelled_by_kind) {
   EXPECT_EQ(queue.size(), 2u);
   EXPECT_TRUE(queue.cancel({0, 1}, prefetch));
   EXPECT_TRUE(queue.cancel({0, 0}, demand));
-  EXPECT_TRUE(queue.empty());
+  EXPECT_EQ(queue.size(), 0u);
 }
 
 TEST(TransferQueue, all_of_a_kind_are_cancelled) {
@@ -162,8 +162,8 @@ TEST(TransferQueue, agrees_with_two_plain_lists_and_allocates_nothing) {
         cancelled = queue.cancel(expert);
       } else if (action == 5) {
         queue.cancel_layer(expert.layer, prefetch);
-      } else if (!queue.empty()) {
-        queue.pop_front();
+      } else if (queue.size() > 0) {
+        queue.erase(0);
       }
       ASSERT_EQ(allocation_count() - before, 0u);
 
@@ -182,9 +182,9 @@ TEST(TransferQueue, agrees_with_two_plain_lists_and_allocates_nothing) {
         first.erase(first.begin());
       }
       ASSERT_EQ(queue.size(), demands.size() + prefetches.size());
-      if (queue.empty()) continue;
-      ASSERT_EQ(queue.front().kind, demands.empty() ? prefetch : demand);
-      ASSERT_EQ(queue.front().expert, demands.empty() ? prefetches.front() : demands.front());
+      if (queue.size() == 0) continue;
+      ASSERT_EQ(queue[0].kind, demands.empty() ? prefetch : demand);
+      ASSERT_EQ(queue[0].expert, demands.empty() ? prefetches.front() : demands.front());
     }
   }
 }

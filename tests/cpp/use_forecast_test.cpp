@@ -59,7 +59,8 @@ TEST(UseForecast, a_layer_is_predicted_until_it_runs_or_the_iteration_ends) {
   for (const std::uint16_t layer : Experts{1, 2}) {
     EXPECT_FALSE(forecast.predicted(layer));
     EXPECT_FALSE(forecast.ran(layer));
-    for (const float score : forecast.scores(layer)) EXPECT_EQ(score, 0.0F);
+    forecast.predict(layer, Scores(expert_count, 0.0F));
+    EXPECT_EQ(forecast.probability({layer, 0}), 0.0F);  // nothing is left of the scores before
   }
 }
 
@@ -68,7 +69,6 @@ TEST(UseForecast, a_prediction_for_a_layer_that_ran_already_is_ignored) {
   observe(forecast, 1, {0});
   forecast.predict(1, selecting({3}));
   EXPECT_FALSE(forecast.predicted(1));
-  EXPECT_EQ(forecast.scores(1)[3], 0.0F);
   EXPECT_FLOAT_EQ(forecast.probability({1, 3}), forecast.frequency({1, 3}));
 }
 
@@ -76,9 +76,14 @@ TEST(UseForecast, scores_of_several_tokens_add_up) {
   UseForecast forecast{shape};
   forecast.predict(1, Scores{0.25F, 1.5F, 0, 0, 0, 0, 0, 0});
   forecast.predict(1, Scores{0.5F, 0, 0, 0, 0, 0, 0, 0});
-  EXPECT_EQ(forecast.scores(1)[0], 0.75F);
-  EXPECT_EQ(forecast.scores(1)[1], 1.5F);
-  EXPECT_EQ(forecast.scores(0)[0], 0.0F);
+  UseForecast at_once{shape};
+  at_once.predict(1, Scores{0.75F, 1.5F, 0, 0, 0, 0, 0, 0});
+  UseForecast one_token{shape};
+  one_token.predict(1, Scores{0.5F, 0, 0, 0, 0, 0, 0, 0});
+  EXPECT_EQ(forecast.probability({1, 0}), at_once.probability({1, 0}));
+  EXPECT_EQ(forecast.probability({1, 1}), at_once.probability({1, 1}));
+  EXPECT_GT(forecast.probability({1, 0}), one_token.probability({1, 0}));
+  EXPECT_FALSE(forecast.predicted(0));
 }
 
 TEST(UseForecast, a_selected_expert_is_likelier_than_a_probable_one_and_that_than_the_others) {
@@ -93,9 +98,10 @@ TEST(UseForecast, what_is_not_a_finite_number_above_0_counts_as_0) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   UseForecast forecast{shape};
   forecast.predict(0, Scores{std::nanf(""), infinity, -infinity, -1.0F, 0.0F, -0.0F, 0.5F, 0.5F});
-  const auto scores = forecast.scores(0);
-  for (std::size_t expert = 0; expert < 6; ++expert) EXPECT_EQ(scores[expert], 0.0F) << expert;
-  EXPECT_EQ(scores[6], 0.5F);
+  for (std::uint16_t expert = 0; expert < 6; ++expert) {
+    EXPECT_EQ(forecast.probability({0, expert}), 0.0F) << expert;
+  }
+  EXPECT_NEAR(forecast.probability({0, 6}), 0.5F, 0.1F);
 }
 
 TEST(UseForecast, a_sum_of_scores_that_overflows_is_as_likely_as_the_highest) {

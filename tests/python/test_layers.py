@@ -17,9 +17,8 @@ MAY_INCLUDE = {
     "store": {"base"},
     "device": {"base"},
     "compute": {"base", "device"},
-    "simulate": {"base", "schedule"},
     "runtime": {"base", "schedule", "store", "device", "compute"},
-    "bindings": {"base", "runtime", "simulate", "schedule", "store", "device"},
+    "bindings": {"base", "runtime", "schedule", "store", "device"},
 }
 # A library -> the only modules of spmoe that may import it.
 MAY_IMPORT = {
@@ -31,7 +30,6 @@ MAY_IMPORT = {
         "models/experts",
         "errors",
         "store",
-        "simulate",
     },
 }
 PURE = {
