@@ -65,6 +65,7 @@ std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
 
 Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions& options)
     : process_{::getpid()},
+      policies_{options.policies},
       store_{std::move(store)},
       device_{make_device(options.device, options.link)},
       device_name_{device_->name()},
@@ -77,7 +78,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
       scheduler_{
           {store_->layer_count(), store_->expert_count(), slot_count_, store_->format().bytes(),
            static_cast<std::uint16_t>(std::max(options.experts_per_token, 1U))},
-          options.policies},
+          policies_},
       timings_(store_->layer_count()),
       trace_{options.trace_spans},
       last_use_(slot_count_, 0),
@@ -191,7 +192,7 @@ std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slo
 void Runtime::begin_request() {
   auto lock = lock_open();
   store_->check_unchanged();
-  landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
+  landed_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
   spoiled_.clear();  // of the request before
   ++epoch_;
   scheduler_.begin_request();
@@ -250,14 +251,14 @@ void Runtime::plan(std::span<const ExpertId> experts) {
                             std::to_string(store_->expert_count() - 1)};
     }
   }
-  scheduler_.plan(experts);
+  scheduler_.predict(experts);
   start_fills();
 }
 
 std::vector<std::uint8_t> Runtime::residency() const {
   const auto lock = lock_open();
   std::vector<std::uint8_t> resident(std::size_t{store_->layer_count()} * store_->expert_count());
-  for (const Slot& slot : scheduler_.slots().slots()) {
+  for (const Slot& slot : scheduler_.fills().slots().slots()) {
     if (slot.state == SlotState::empty) continue;
     resident[std::size_t{slot.expert.layer} * store_->expert_count() + slot.expert.expert] = 1;
   }
@@ -271,22 +272,22 @@ void Runtime::set_limits(const PrefetchLimits& limits) {
                           " layers given, but the store has " +
                           std::to_string(store_->layer_count())};
   }
-  scheduler_.limits() = limits;
+  scheduler_.foresight().limits = limits;
 }
 
 void Runtime::record_routing(bool on) {
   const auto lock = lock_open();
-  scheduler_.record(on);
+  scheduler_.foresight().record(on);
 }
 
 RoutingTrace Runtime::recorded_routing() const {
   const auto lock = lock_open();
-  return scheduler_.recorded();
+  return scheduler_.foresight().recorded();
 }
 
 void Runtime::replay_routing(RoutingTrace trace) {
   const auto lock = lock_open();
-  scheduler_.replay(std::move(trace));
+  scheduler_.foresight().replay(std::move(trace));
 }
 
 std::vector<Span> Runtime::spans() const {
@@ -296,13 +297,13 @@ std::vector<Span> Runtime::spans() const {
 
 std::vector<UseForecast::Bucket> Runtime::calibration() const {
   const auto lock = lock_open();
-  const auto buckets = scheduler_.forecast().calibration();
+  const auto buckets = scheduler_.foresight().forecast.calibration();
   return {buckets.begin(), buckets.end()};
 }
 
 void Runtime::end_iteration(std::uint32_t accepted) {
   auto lock = lock_open();
-  landed_.wait(lock, [this] { return !scheduler_.computed_ahead(); });
+  landed_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
   throw_failure(spoiled_);
   ++iterations_;
   ++epoch_;
@@ -320,7 +321,8 @@ RuntimeStats Runtime::stats() const {
   require_own_process();
   const std::scoped_lock lock{mutex_};
   RuntimeStats stats;
-  stats.layers.assign(scheduler_.stats().begin(), scheduler_.stats().end());
+  const FillTable& fills = scheduler_.fills();
+  stats.layers.assign(fills.stats().begin(), fills.stats().end());
   for (std::size_t layer = 0; layer < stats.layers.size(); ++layer) {
     stats.layers[layer] += timings_[layer];
   }
@@ -328,13 +330,13 @@ RuntimeStats Runtime::stats() const {
   stats.link.bytes -= link_before_.bytes;
   stats.link.busy_s -= link_before_.busy_s;
   stats.slot_count = slot_count_;
-  stats.resident_count = scheduler_.resident_count();
+  stats.resident_count = fills.resident_count();
   stats.iterations = iterations_;
   stats.accepted = accepted_;
   stats.isa = isa_;
-  stats.policy = scheduler_.prefetch_name();
-  stats.eviction = scheduler_.eviction_name();
-  stats.queue_depth = scheduler_.queue_depth();
+  stats.policy = prefetch_policy(policies_).name;
+  stats.eviction = eviction_policy(policies_).name;
+  stats.queue_depth = fills.queue().size();
   stats.device = device_name_;
   stats.pinned_bytes = pinned_bytes_;
   stats.pinned_fill_s = pinned_fill_s_;

@@ -100,7 +100,7 @@ class Runtime {
   void predict(std::uint16_t layer, const float* scores, PredictionSource source,
                std::uintptr_t consumer);
 
-  /// Replaces the prefetches that wait for the link; see `Scheduler::plan`. Waits for nothing.
+  /// Replaces the prefetches that wait for the link; see `Scheduler::predict`. Waits for nothing.
   /// @throws InvalidArgument if the store has no such expert.
   void plan(std::span<const ExpertId> experts);
 
@@ -169,6 +169,7 @@ class Runtime {
   [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
 
   const pid_t process_;
+  const PolicyNames policies_;
   std::shared_ptr<const ExpertStore> store_;  // until `close`, as `pinned_`
   std::shared_ptr<Device> device_;            // until `close`; `mutex_` guards its end
   const std::string device_name_;

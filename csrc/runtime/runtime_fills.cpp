@@ -5,9 +5,9 @@ namespace spmoe {
 
 void Runtime::start_fills() {
   if (demand_lane_ == nullptr || resetting_) return;
-  while (const auto change = scheduler_.next_change()) {
+  while (const auto change = scheduler_.fills().next_change()) {
     for (auto* lane : {demand_lane_.get(), prefetch_lane_.get()}) {
-      if (change->to == FillChange::To::withdrawn) {
+      if (change->to == FillChange::To::cancelled) {
         lane->withdraw(change->slot);
       } else {
         lane->promote(change->slot);
@@ -53,18 +53,17 @@ void Runtime::on_notice(const CopyLane::FillNotice& notice) {
   const Fill& fill = notice.fill;
   const BatchNotice& batch = notice.batch;
   if (batch.what == What::issued) {
-    scheduler_.issued(fill.slot);
+    scheduler_.progress(fill.slot, FillOutcome::issued);
     landed_.notify_all();
     return;
   }
   --in_flight_;
   if (fill.kind == FillKind::prefetch) --prefetches_;
-  if (batch.what == What::landed) {
-    scheduler_.filled(fill.slot);
-  } else if (batch.what == What::withdrawn) {
-    scheduler_.withdrawn(fill.slot, batch.bytes_moved);
-  } else if (const Spoiled spoiled = scheduler_.failed(fill.slot, batch.bytes_moved);
-             spoiled != Spoiled::nothing) {
+  const FillOutcome outcome = batch.what == What::landed      ? FillOutcome::landed
+                              : batch.what == What::withdrawn ? FillOutcome::cancelled
+                                                              : FillOutcome::failed;
+  if (const Spoiled spoiled = scheduler_.progress(fill.slot, outcome, batch.bytes_moved);
+      spoiled != Spoiled::nothing) {
     const std::string& loss = note_loss();
     (spoiled == Spoiled::need ? need_failure_ : spoiled_) =
         "could not fill " + store_->describe(fill.expert) + ": " + batch.error + "; " +
@@ -72,7 +71,8 @@ void Runtime::on_notice(const CopyLane::FillNotice& notice) {
   }
   start_fills();
   trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,
-               notice.start_s, notice.end_s, static_cast<std::uint32_t>(scheduler_.queue_depth())});
+               notice.start_s, notice.end_s,
+               static_cast<std::uint32_t>(scheduler_.fills().queue().size())});
   landed_.notify_all();
 }
 

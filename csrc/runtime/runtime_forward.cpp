@@ -50,7 +50,7 @@ std::span<const std::int64_t> Runtime::fetch_index(std::uint16_t layer, const La
   bool behind = false;  // the router behind compute, and that behind the link
   {
     const std::scoped_lock lock{mutex_};
-    behind = scheduler_.computed_ahead();
+    behind = scheduler_.fills().read_before_landed();
   }
   const std::size_t count = std::size_t{args.tokens} * args.k;
   const std::size_t bytes = count * sizeof(std::int64_t);
@@ -127,7 +127,7 @@ void Runtime::finish_span(Lane lane, std::uint16_t layer, double start_s, double
                {layer, Span::whole_layer},
                start_s,
                end_s,
-               static_cast<std::uint32_t>(scheduler_.queue_depth())});
+               static_cast<std::uint32_t>(scheduler_.fills().queue().size())});
 }
 
 }  // namespace spmoe

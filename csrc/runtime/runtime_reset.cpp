@@ -17,7 +17,7 @@ void Runtime::reset() {
   }
   landed_.wait(lock, [this] { return in_flight_ == 0; });
   resetting_ = false;
-  scheduler_.reset();
+  scheduler_ = Scheduler{scheduler_.foresight().shape, policies_};
   std::ranges::fill(timings_, LayerStats{});
   trace_.clear();
   need_failure_.clear();

@@ -34,7 +34,7 @@ struct PrefetchEntry {
   std::string_view default_eviction = eviction;
   PredictedFrom reads = {};
   LimitedBy limited_by = LimitedBy::nothing;
-  bool replays = false;  ///< has to be given the routing to come; see `Scheduler::replay`
+  bool replays = false;  ///< has to be given the routing to come; see `Foresight::replay`
   std::unique_ptr<PrefetchPolicy> (*make)(const PolicyView&, const PrefetchLimits&);
 };
 

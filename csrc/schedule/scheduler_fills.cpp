@@ -4,7 +4,7 @@
 
 #include "schedule/scheduler.hpp"
 
-// Which fill begins and in whose place; what changes about those under way; their ends.
+// Which fill begins and in whose place; which in flight are cancelled; their ends.
 namespace spmoe {
 namespace {
 
@@ -13,17 +13,17 @@ constexpr std::size_t none = static_cast<std::size_t>(-1);
 }  // namespace
 
 std::optional<SlotIndex> Scheduler::find_victim(FillKind incoming) {
-  // What was prefetched for the pass under way leaves last, and never for another prefetch; of it
-  // first what is needed last, which can still be brought back in time.
-  for (const bool spare_fresh : {true, false}) {
+  // Prefetches for the current pass are evicted last, and never to make room for another prefetch.
+  // Among them, the one whose layer runs latest goes first: it can still be fetched again in time.
+  for (const bool spare_kept : {true, false}) {
     candidates_.clear();
     for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
-      const Slot& it = slots_[slot];
+      const Slot& it = fills_->slots()[slot];
       if (it.state != SlotState::resident || it.leases > 0) continue;
-      if (spare_fresh && fills_[slot].fresh) continue;
+      if (spare_kept && (*fills_)[slot].kept_for_pass) continue;
       candidates_.push_back({slot, it.expert});
     }
-    if (!spare_fresh) keep_latest_needed();
+    if (!spare_kept) keep_latest_needed();
     if (!candidates_.empty()) return eviction_->victim(candidates_, next_layer_);
     if (incoming == FillKind::prefetch) break;
   }
@@ -42,30 +42,29 @@ void Scheduler::keep_latest_needed() {
 bool Scheduler::may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const {
   if (incoming.kind == FillKind::demand) return true;
   const bool certain = incoming.expert.layer == ahead_layer_;  // not a prediction
-  return certain || prefetch_->admits({incoming.expert, slots_[victim].expert});
+  return certain || prefetch_->admits({incoming.expert, fills_->slots()[victim].expert});
 }
 
 std::size_t Scheduler::find_startable(FillKind at_least) {
   bool looked = false;  // for a victim, which is the same for every prefetch until a slot changes
   std::optional<SlotIndex> victim;
-  for (std::size_t i = 0; i < queue_.size();) {
-    const TransferQueue::Entry entry = queue_[i];
+  TransferQueue& queue = fills_->queue();
+  for (std::size_t i = 0; i < queue.size();) {
+    const TransferQueue::Entry entry = queue[i];
     if (entry.kind < at_least) return none;
-    const auto slot = slots_.find(entry.expert);
-    // Until the end of a withdrawn fill is told, the expert can neither be read again nor be said
-    // to be here. No prefetch passes a demand that waits for that.
-    const bool ending = slot && fills_[*slot].withdrawn;
-    if (slot && !ending) {
-      // Here already, or on its way: it only has to stay until its layer has run.
-      if (!std::exchange(fills_[*slot].fresh, true)) looked = false;
-      queue_.erase(i);
+    if (const auto slot = fills_->find(entry.expert)) {
+      // Here already, or in flight: it only has to stay until its layer has run.
+      if (!fills_->keep_for_pass(*slot, true)) looked = false;
+      queue.erase(i);
       continue;
     }
-    if (!ending) {
-      if (slots_.find_empty()) return i;
+    // Until the end of a cancelled fill is told, the expert can neither be read again nor be said
+    // to be here. No prefetch passes a demand that waits for that.
+    if (!fills_->ending(entry.expert)) {
+      if (fills_->slots().find_empty()) return i;
       if (!std::exchange(looked, true)) victim = find_victim(entry.kind);
       if (victim && may_evict(entry, *victim)) {
-        slots_.evict(*victim);
+        fills_->evict(*victim);
         return i;
       }
       if (entry.kind == FillKind::demand) return none;
@@ -79,90 +78,61 @@ std::size_t Scheduler::find_startable(FillKind at_least) {
 std::optional<Fill> Scheduler::next_fill(FillKind at_least) {
   const std::size_t place = find_startable(at_least);
   if (place == none) return std::nullopt;
-  const auto [expert, kind, order] = queue_[place];
-  queue_.erase(place);
-  const SlotIndex slot = slots_.find_empty().value();
-  slots_.begin_fill(slot, expert);
-  const bool prefetch = kind == FillKind::prefetch;
-  fills_[slot] = {kind, prefetch, prefetch};
-  return Fill{expert, slot, kind};
+  const auto [expert, kind, order] = fills_->queue()[place];
+  fills_->queue().erase(place);
+  return Fill{expert, fills_->begin(expert, kind), kind};
 }
 
-void Scheduler::withdraw_unless_kept(SlotIndex slot) {
-  FillState& fill = fills_[slot];
-  if (slots_[slot].state != SlotState::filling || fill.kind != FillKind::prefetch) return;
-  const ExpertId expert = slots_[slot].expert;
-  if (fill.issued || fill.withdrawn || waited_for(expert) || prefetch_->keeps(expert)) return;
-  fill.withdrawn = true;
-  change(slot, FillChange::To::withdrawn);
+void Scheduler::cancel_unless_kept(SlotIndex slot) {
+  const FillRecord& fill = (*fills_)[slot];
+  if (fill.state != FillState::filling || fill.kind != FillKind::prefetch) return;
+  const ExpertId expert = fills_->slots()[slot].expert;
+  if (!waited_for(expert) && !prefetch_->keeps(expert)) fills_->cancel(slot);
 }
 
-void Scheduler::change(SlotIndex slot, FillChange::To to) {
-  std::erase_if(changes_, [=](const FillChange& other) { return other.slot == slot; });
-  changes_.push_back({slot, to});
+Spoiled Scheduler::progress(SlotIndex slot, FillOutcome outcome, std::uint64_t bytes_moved) {
+  const ExpertId expert = fills_->slots()[slot].expert;
+  if (outcome == FillOutcome::issued) {
+    if (!fills_->issue(slot)) return Spoiled::nothing;
+    eviction_->on_fill(slot, expert);
+    if (waited_for(expert)) become_ready(slot);
+    return Spoiled::nothing;
+  }
+  const bool whole = outcome == FillOutcome::landed;
+  foresight_->limits.moved_bytes += whole ? shape_.blob_bytes : bytes_moved;
+  if (whole) {
+    finish_fill(slot);
+  } else if (outcome == FillOutcome::failed) {
+    return fail_fill(slot, bytes_moved);
+  } else {
+    fills_->stats(expert.layer).cancelled_bytes += shape_.blob_bytes - bytes_moved;
+    fills_->abort(slot, bytes_moved);
+    if (waited_for(expert)) fills_->queue().push(expert, FillKind::demand);
+  }
+  return Spoiled::nothing;
 }
 
-std::optional<FillChange> Scheduler::next_change() {
-  if (changes_.empty()) return std::nullopt;
-  const FillChange first = changes_.front();
-  changes_.erase(changes_.begin());
-  return first;
-}
-
-void Scheduler::count_moved(SlotIndex slot, std::uint64_t bytes) {
-  LayerStats& stats = stats_[slots_[slot].expert.layer];
-  (fills_[slot].kind == FillKind::demand ? stats.demand_bytes : stats.prefetch_bytes) += bytes;
-  limits_.moved_bytes += bytes;
-}
-
-void Scheduler::forget_fill(SlotIndex slot) {
-  fills_[slot].withdrawn = fills_[slot].issued = fills_[slot].computed_behind = false;
-  std::erase_if(changes_, [=](const FillChange& change) { return change.slot == slot; });
-}
-
-void Scheduler::issued(SlotIndex slot) {
-  const ExpertId expert = slots_[slot].expert;
-  fills_[slot].issued = true;
-  eviction_->on_fill(slot, expert);
-  if (!fills_[slot].withdrawn && waited_for(expert)) become_ready(slot);
-}
-
-bool Scheduler::computed_ahead() const {
-  return std::ranges::any_of(fills_, &FillState::computed_behind);
-}
-
-void Scheduler::filled(SlotIndex slot) {
-  const ExpertId expert = slots_[slot].expert;
-  slots_.finish_fill(slot);
-  if (!fills_[slot].issued) eviction_->on_fill(slot, expert);
-  count_moved(slot, shape_.blob_bytes);
-  forget_fill(slot);
-  queue_.cancel(expert, FillKind::demand);  // of one that was withdrawn and needed again
+void Scheduler::finish_fill(SlotIndex slot) {
+  const ExpertId expert = fills_->slots()[slot].expert;
+  const FillState state = (*fills_)[slot].state;
+  const bool announced = state == FillState::issued || state == FillState::read;
+  fills_->finish(slot);
+  if (!announced) eviction_->on_fill(slot, expert);
+  fills_->queue().cancel(expert, FillKind::demand);  // of one that was cancelled and needed again
   if (waited_for(expert)) become_ready(slot);
 }
 
-void Scheduler::withdrawn(SlotIndex slot, std::uint64_t bytes_moved) {
-  const ExpertId expert = slots_[slot].expert;
-  count_moved(slot, bytes_moved);
-  stats_[expert.layer].cancelled_bytes += shape_.blob_bytes - bytes_moved;
-  forget_fill(slot);
-  slots_.abort_fill(slot);
-  if (waited_for(expert)) queue_.push(expert, FillKind::demand);
-}
-
-Spoiled Scheduler::failed(SlotIndex slot, std::uint64_t bytes_moved) {
-  const ExpertId expert = slots_[slot].expert;
-  const bool leased = slots_[slot].leases > 0;
-  const Spoiled spoiled = leased                         ? Spoiled::need
-                          : fills_[slot].computed_behind ? Spoiled::results
-                                                         : Spoiled::nothing;
-  count_moved(slot, bytes_moved);
-  forget_fill(slot);
-  fills_[slot].failed = leased;
-  if (!leased) slots_.abort_fill(slot);
+Spoiled Scheduler::fail_fill(SlotIndex slot, std::uint64_t bytes_moved) {
+  const ExpertId expert = fills_->slots()[slot].expert;
+  const FillRecord fill = (*fills_)[slot];
+  const bool leased = fills_->slots()[slot].leases > 0;
+  const Spoiled spoiled = leased                          ? Spoiled::need
+                          : fill.state == FillState::read ? Spoiled::results
+                                                          : Spoiled::nothing;
+  fills_->abort(slot, bytes_moved);
   if (!waited_for(expert)) return spoiled;
-  if (fills_[slot].kind == FillKind::prefetch) {
-    queue_.push(expert, FillKind::demand);  // only a read of its own can fail a need
+  if (fill.kind == FillKind::prefetch) {
+    fills_->queue().push(expert, FillKind::demand);  // only a read of its own can fail a need
     return Spoiled::nothing;
   }
   wants_[expert.expert] = Want::none;

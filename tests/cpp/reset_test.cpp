@@ -41,21 +41,21 @@ Trial decode(Scheduler& scheduler, std::uint32_t seed) {
   return trial;
 }
 
-TEST(Scheduler, behaves_after_a_reset_as_a_new_one_does_under_every_policy) {
+TEST(Scheduler, in_place_of_a_used_one_behaves_as_a_new_one_does_under_every_policy) {
   for (const auto& prefetch : prefetch_policy_names()) {
     for (const auto& eviction : eviction_policy_names()) {
       SCOPED_TRACE(prefetch + " + " + eviction);
       const SchedulerShape shape{4, 8, 12, blob_bytes, 2};
       Scheduler fresh{shape, {prefetch, eviction}};
       Scheduler used{shape, {prefetch, eviction}};
-      used.limits().cutoff_layer = 1;
-      used.record(true);
+      used.foresight().limits.cutoff_layer = 1;
+      used.foresight().record(true);
       decode(used, 1);
-      used.reset();
-      EXPECT_EQ(used.resident_count(), 0u);
-      EXPECT_EQ(used.queue_depth(), 0u);
-      EXPECT_EQ(used.limits().cutoff_layer, fresh.limits().cutoff_layer);
-      EXPECT_EQ(used.recorded().remaining(), 0u);
+      used = Scheduler{shape, {prefetch, eviction}};  // its policies move with what they look at
+      EXPECT_EQ(used.fills().resident_count(), 0u);
+      EXPECT_EQ(used.fills().queue().size(), 0u);
+      EXPECT_EQ(used.foresight().limits.cutoff_layer, fresh.foresight().limits.cutoff_layer);
+      EXPECT_EQ(used.foresight().recorded().remaining(), 0u);
       const Trial wanted = decode(fresh, 2);
       const Trial found = decode(used, 2);
       EXPECT_EQ(found.filled, wanted.filled);

@@ -24,7 +24,7 @@ inline Experts all_of(std::uint16_t count) {
 
 inline LayerStats total(const Scheduler& scheduler) {
   LayerStats sum;
-  for (const LayerStats& layer : scheduler.stats()) sum += layer;
+  for (const LayerStats& layer : scheduler.fills().stats()) sum += layer;
   return sum;
 }
 
@@ -54,7 +54,7 @@ inline std::size_t run(Scheduler& scheduler, std::uint16_t layer, const Experts&
   for (std::size_t computed = 0; computed < experts.size();) {
     const auto fill = scheduler.next_fill(FillKind::demand);
     if (fill) {
-      scheduler.filled(fill->slot);
+      scheduler.progress(fill->slot, FillOutcome::landed);
       ++fills;
     }
     const Experts ready = take(scheduler);
@@ -72,7 +72,7 @@ inline std::size_t run(Scheduler& scheduler, std::uint16_t layer, const Experts&
 inline std::vector<ExpertId> land_prefetches(Scheduler& scheduler) {
   std::vector<ExpertId> experts;
   while (const auto fill = scheduler.next_fill()) {
-    scheduler.filled(fill->slot);
+    scheduler.progress(fill->slot, FillOutcome::landed);
     experts.push_back(fill->expert);
   }
   return experts;

@@ -22,10 +22,10 @@ class PolicyWalk {
  public:
   PolicyWalk(const SchedulerShape& shape, const PolicyNames& names, std::uint32_t seed)
       : shape_{shape}, random_{seed}, scheduler_{shape, names}, slots_(shape.slot_count) {
-    scheduler_.limits().break_even = 0.3F;
+    scheduler_.foresight().limits.break_even = 0.3F;
     if (seed % 2 == 0) {
-      scheduler_.limits().budget_bytes.assign(shape.layer_count, 3 * blob_bytes);
-      scheduler_.limits().cutoff_layer = 2;
+      scheduler_.foresight().limits.budget_bytes.assign(shape.layer_count, 3 * blob_bytes);
+      scheduler_.foresight().limits.cutoff_layer = 2;
     }
     routing_ = random_routing();
     // Half the walks follow the trace, the others leave it.
@@ -33,7 +33,7 @@ class PolicyWalk {
     for (std::size_t need = 0; need < routing_.size(); ++need) {
       trace.append(layer_of(need), routing_[need]);
     }
-    scheduler_.replay(std::move(trace));
+    scheduler_.foresight().replay(std::move(trace));
     if (seed % 4 > 1) routing_ = random_routing();
   }
 
@@ -163,26 +163,26 @@ class PolicyWalk {
     if ((!running_ || withdrawn) && random_() % 16 == 0) {
       slots_[landed] = {};
       moved_bytes_ += part;
-      ASSERT_EQ(scheduler_.failed(landed, part), Spoiled::nothing);
+      ASSERT_EQ(scheduler_.progress(landed, FillOutcome::failed, part), Spoiled::nothing);
       return;
     }
     if (withdrawn && random_() % 4 != 0) {
       slots_[landed] = {};
       moved_bytes_ += part;
       cancelled_bytes_ += blob_bytes - part;
-      scheduler_.withdrawn(landed, part);
+      scheduler_.progress(landed, FillOutcome::cancelled, part);
       return;
     }
     slots_[landed].filling = slots_[landed].withdrawn = false;
     moved_bytes_ += blob_bytes;
-    scheduler_.filled(landed);
+    scheduler_.progress(landed, FillOutcome::landed);
   }
 
   void tell_changes() {
-    while (const auto change = scheduler_.next_change()) {
+    while (const auto change = scheduler_.fills().next_change()) {
       ModelSlot& slot = slots_.at(change->slot);
       ASSERT_TRUE(slot.filling) << "nothing is under way";
-      if (change->to == FillChange::To::withdrawn) {
+      if (change->to == FillChange::To::cancelled) {
         ASSERT_FALSE(std::exchange(slot.withdrawn, true)) << "withdrawn twice";
       }
     }
@@ -195,10 +195,10 @@ class PolicyWalk {
     ASSERT_EQ(sum.prefetch_used_bytes, used_bytes_);
     ASSERT_EQ(sum.demand_bytes + sum.prefetch_used_bytes + wasted, moved_bytes_);
     ASSERT_EQ(sum.cancelled_bytes, cancelled_bytes_);
-    ASSERT_EQ(scheduler_.resident_count(), std::ranges::count_if(slots_, [](const ModelSlot& slot) {
-                return slot.expert && !slot.filling;
-              }));
-    for (const LayerStats& layer : scheduler_.stats()) {
+    ASSERT_EQ(scheduler_.fills().resident_count(),
+              std::ranges::count_if(
+                  slots_, [](const ModelSlot& slot) { return slot.expert && !slot.filling; }));
+    for (const LayerStats& layer : scheduler_.fills().stats()) {
       ASSERT_LE(layer.predicted_needs, layer.hits + layer.late + layer.misses);
       ASSERT_LE(layer.recalled, layer.recalled_2k);
       ASSERT_LE(layer.recalled_2k, layer.predicted_needs);
@@ -272,8 +272,8 @@ TEST_P(SchedulerPolicies, allocate_nothing_after_construction) {
   for (std::uint16_t need = 0; need < 12; ++need) {
     trace.append(static_cast<std::uint16_t>(need % 3), experts);
   }
-  scheduler.replay(std::move(trace));
-  scheduler.limits().budget_bytes.assign(3, 2 * blob_bytes);
+  scheduler.foresight().replay(std::move(trace));
+  scheduler.foresight().limits.budget_bytes.assign(3, 2 * blob_bytes);
   const std::vector<float> scores{1.5F, 0.1F, 1.2F, 0.3F, 0.0F, 0.8F};
   std::vector<ReadyExpert> ready;
   ready.reserve(6);
@@ -284,7 +284,8 @@ TEST_P(SchedulerPolicies, allocate_nothing_after_construction) {
     for (std::uint16_t layer = 0; layer < 3; ++layer) {
       scheduler.need(layer, experts);
       for (std::size_t computed = 0; computed < experts.size();) {
-        if (const auto fill = scheduler.next_fill()) scheduler.filled(fill->slot);
+        if (const auto fill = scheduler.next_fill())
+          scheduler.progress(fill->slot, FillOutcome::landed);
         scheduler.predict(2, scores, PredictionSource::target);
         ready.clear();
         scheduler.take_ready(ready);
@@ -300,7 +301,7 @@ TEST_P(SchedulerPolicies, allocate_nothing_after_construction) {
 TEST(SchedulerPolicy, a_prefetch_that_is_not_worth_its_victim_holds_up_none_behind_it) {
   constexpr std::uint16_t experts = 60;
   Scheduler scheduler{{2, experts, 8, blob_bytes, 2}, {"horizon", "auto"}};
-  scheduler.limits().break_even = 0;
+  scheduler.foresight().limits.break_even = 0;
   run(scheduler, 1, all_of(8));
   scheduler.end_iteration();
   scheduler.predict(0, std::vector<float>(experts, 0.02F));  // all of them wait, for an empty slot

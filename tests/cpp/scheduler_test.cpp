@@ -26,14 +26,14 @@ TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_landed) {
   EXPECT_EQ(fill->expert, (ExpertId{1, 3}));
   EXPECT_EQ(fill->kind, FillKind::demand);
   EXPECT_EQ(take(scheduler), Experts{});
-  EXPECT_EQ(scheduler.resident_count(), 0u);
-  scheduler.filled(fill->slot);
+  EXPECT_EQ(scheduler.fills().resident_count(), 0u);
+  scheduler.progress(fill->slot, FillOutcome::landed);
   std::vector<ReadyExpert> ready;
   scheduler.take_ready(ready);
   ASSERT_EQ(ready.size(), 1u);
   EXPECT_EQ(ready[0].expert, 3);
   EXPECT_EQ(ready[0].slot, fill->slot);
-  EXPECT_EQ(scheduler.resident_count(), 1u);
+  EXPECT_EQ(scheduler.fills().resident_count(), 1u);
   scheduler.computed(3);
 }
 
@@ -41,17 +41,17 @@ TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_landed) {
   Scheduler scheduler = make(2, 4, 1);
   scheduler.need(0, Experts{1});
   const SlotIndex slot = scheduler.next_fill().value().slot;
-  scheduler.issued(slot);
+  scheduler.progress(slot, FillOutcome::issued);
   std::vector<ReadyExpert> ready;
   scheduler.take_ready(ready);
   ASSERT_EQ(ready.size(), 1u);
   EXPECT_TRUE(ready[0].landing);
-  EXPECT_TRUE(scheduler.computed_ahead());
+  EXPECT_TRUE(scheduler.fills().read_before_landed());
   scheduler.computed(1);
   scheduler.need(1, Experts{0});
   EXPECT_FALSE(scheduler.next_fill()) << "its bytes are still being written";
-  scheduler.filled(slot);
-  EXPECT_FALSE(scheduler.computed_ahead());
+  scheduler.progress(slot, FillOutcome::landed);
+  EXPECT_FALSE(scheduler.fills().read_before_landed());
   EXPECT_EQ(take(scheduler), Experts{});
   EXPECT_TRUE(scheduler.next_fill());
 }
@@ -63,15 +63,16 @@ TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) 
       Scheduler scheduler = make(1, 4, 1);
       scheduler.need(0, Experts{1});
       const SlotIndex slot = scheduler.next_fill().value().slot;
-      scheduler.issued(slot);
+      scheduler.progress(slot, FillOutcome::issued);
       EXPECT_EQ(taken ? take(scheduler) : Experts{1}, Experts{1});
       if (computed) scheduler.computed(1);
-      EXPECT_EQ(scheduler.failed(slot, 0), computed ? Spoiled::results : Spoiled::need);
-      EXPECT_FALSE(scheduler.computed_ahead());
+      EXPECT_EQ(scheduler.progress(slot, FillOutcome::failed, 0),
+                computed ? Spoiled::results : Spoiled::need);
+      EXPECT_FALSE(scheduler.fills().read_before_landed());
       EXPECT_EQ(taken ? Experts{1} : take(scheduler), Experts{1});
       if (!computed) scheduler.computed(1);
       scheduler.need(0, Experts{1});
-      EXPECT_EQ(scheduler.stats()[0].misses, 2u) << "half of it is nothing";
+      EXPECT_EQ(scheduler.fills().stats()[0].misses, 2u) << "half of it is nothing";
       EXPECT_TRUE(scheduler.next_fill());
     }
   }
@@ -83,7 +84,7 @@ TEST(Scheduler, ready_experts_come_in_the_order_in_which_they_landed) {
   scheduler.need(0, Experts{0, 1, 2, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 3u);
-  for (const std::size_t i : {2U, 0U, 1U}) scheduler.filled(fills[i].slot);
+  for (const std::size_t i : {2U, 0U, 1U}) scheduler.progress(fills[i].slot, FillOutcome::landed);
   EXPECT_EQ(take(scheduler), (Experts{2, 3, 0, 1}));  // the resident first
   EXPECT_EQ(take(scheduler), Experts{});
 }
@@ -93,10 +94,10 @@ TEST(Scheduler, counts_hits_late_ones_and_misses) {
   run(scheduler, 0, all_of(4));  // reads layer 1 ahead
   const auto ahead = start(scheduler);
   ASSERT_EQ(ahead.size(), 4u);
-  scheduler.filled(ahead[0].slot);
-  scheduler.failed(ahead[1].slot, 0);
+  scheduler.progress(ahead[0].slot, FillOutcome::landed);
+  scheduler.progress(ahead[1].slot, FillOutcome::failed, 0);
   scheduler.need(1, Experts{0, 1, 2});
-  const LayerStats& stats = scheduler.stats()[1];
+  const LayerStats& stats = scheduler.fills().stats()[1];
   EXPECT_EQ(stats.hits, 1u);
   EXPECT_EQ(stats.misses, 1u);
   EXPECT_EQ(stats.late, 1u);
@@ -109,8 +110,8 @@ TEST(Scheduler, counts_what_a_layer_needs_again) {
   run(scheduler, 0, {1, 2});
   run(scheduler, 0, {1, 2, 3});
   run(scheduler, 0, {0});
-  EXPECT_EQ(scheduler.stats()[0].repeated, 3u);
-  EXPECT_EQ(scheduler.stats()[1].repeated, 0u);
+  EXPECT_EQ(scheduler.fills().stats()[0].repeated, 3u);
+  EXPECT_EQ(scheduler.fills().stats()[1].repeated, 0u);
 }
 
 TEST(Scheduler, predictions_are_counted_by_layer) {
@@ -118,14 +119,14 @@ TEST(Scheduler, predictions_are_counted_by_layer) {
   const std::vector<float> scores(4, 0.25F);
   scheduler.predict(1, scores);
   scheduler.predict(1, scores);
-  EXPECT_EQ(scheduler.stats()[0].predictions, 0u);
-  EXPECT_EQ(scheduler.stats()[1].predictions, 2u);
+  EXPECT_EQ(scheduler.fills().stats()[0].predictions, 0u);
+  EXPECT_EQ(scheduler.fills().stats()[1].predictions, 2u);
 }
 
 TEST(Scheduler, a_leased_expert_is_never_evicted) {
   Scheduler scheduler = make(1, 4, 2);
   scheduler.need(0, Experts{0, 1, 2});
-  for (const Fill& fill : start(scheduler)) scheduler.filled(fill.slot);
+  for (const Fill& fill : start(scheduler)) scheduler.progress(fill.slot, FillOutcome::landed);
   EXPECT_EQ(take(scheduler), (Experts{0, 1}));
   EXPECT_FALSE(scheduler.next_fill());  // both slots are leased
   scheduler.computed(1);
@@ -153,7 +154,7 @@ TEST(Scheduler, a_slot_that_is_being_filled_is_never_overwritten) {
   scheduler.abandon_need();
   scheduler.need(0, Experts{3});
   EXPECT_FALSE(scheduler.next_fill());
-  scheduler.filled(fills[1].slot);
+  scheduler.progress(fills[1].slot, FillOutcome::landed);
   const auto next = scheduler.next_fill();
   ASSERT_TRUE(next);
   EXPECT_EQ(next->slot, fills[1].slot);
@@ -170,7 +171,7 @@ TEST(Scheduler, residents_of_a_wave_are_used_before_they_leave) {
   Scheduler scheduler = make(1, 8, 4);
   run(scheduler, 0, {4, 5, 6, 7});
   EXPECT_EQ(run(scheduler, 0, all_of(8)), 4u);
-  EXPECT_EQ(scheduler.stats()[0].hits, 4u);
+  EXPECT_EQ(scheduler.fills().stats()[0].hits, 4u);
 }
 
 TEST(Scheduler, demands_start_before_every_prefetch) {
@@ -205,7 +206,8 @@ TEST(Scheduler, only_a_need_of_a_whole_layer_reads_ahead) {
 TEST(Scheduler, read_ahead_takes_no_leased_slot_and_none_that_was_read_ahead) {
   Scheduler scheduler = make(2, 4, 5);
   scheduler.need(0, all_of(4));
-  for (const Fill& fill : start(scheduler, FillKind::demand)) scheduler.filled(fill.slot);
+  for (const Fill& fill : start(scheduler, FillKind::demand))
+    scheduler.progress(fill.slot, FillOutcome::landed);
   EXPECT_EQ(take(scheduler).size(), 4u);
   EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}}));  // the spare slot
   scheduler.computed(2);
@@ -213,7 +215,7 @@ TEST(Scheduler, read_ahead_takes_no_leased_slot_and_none_that_was_read_ahead) {
   for (const std::uint16_t expert : Experts{0, 1, 3}) scheduler.computed(expert);
   EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 0u);
-  EXPECT_EQ(scheduler.stats()[1].hits, 4u);
+  EXPECT_EQ(scheduler.fills().stats()[1].hits, 4u);
 }
 
 TEST(Scheduler, read_ahead_keeps_what_the_next_layer_has_already) {
@@ -227,12 +229,12 @@ TEST(Scheduler, read_ahead_keeps_what_the_next_layer_has_already) {
   for (int i = 0; i < 2; ++i) {
     const auto fill = scheduler.next_fill(FillKind::demand);
     ASSERT_TRUE(fill);
-    scheduler.filled(fill->slot);
+    scheduler.progress(fill->slot, FillOutcome::landed);
     for (const std::uint16_t expert : take(scheduler)) scheduler.computed(expert);
   }
   EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 0u);
-  EXPECT_EQ(scheduler.stats()[1].hits, 4u);
+  EXPECT_EQ(scheduler.fills().stats()[1].hits, 4u);
 }
 
 TEST(Scheduler, a_demand_may_take_a_slot_that_was_read_ahead_when_there_is_no_other) {
@@ -253,7 +255,7 @@ TEST(Scheduler, what_was_read_ahead_loses_its_protection_with_the_iteration) {
     scheduler.need(2, Experts{0});
     const auto fill = scheduler.next_fill(FillKind::demand);
     scheduler.abandon_need();
-    scheduler.failed(fill.value().slot, 0);
+    scheduler.progress(fill.value().slot, FillOutcome::failed, 0);
     return fill->slot == 0;
   };
   EXPECT_FALSE(oldest_leaves());
@@ -278,7 +280,7 @@ TEST(Scheduler, a_failed_fill_that_the_need_waits_for_is_told_and_leaves_the_slo
   scheduler.need(0, Experts{0, 1});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
-  EXPECT_EQ(scheduler.failed(fill->slot, 0), Spoiled::need);
+  EXPECT_EQ(scheduler.progress(fill->slot, FillOutcome::failed, 0), Spoiled::need);
   scheduler.abandon_need();
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(total(scheduler).demand_bytes, 0u);
@@ -290,17 +292,17 @@ TEST(Scheduler, a_failed_prefetch_that_is_needed_becomes_a_demand) {
   run(scheduler, 0, all_of(4));
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 4u);
-  EXPECT_EQ(scheduler.failed(fills[0].slot, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.progress(fills[0].slot, FillOutcome::failed, 0), Spoiled::nothing);
   scheduler.need(1, Experts{1});
-  EXPECT_EQ(scheduler.failed(fills[3].slot, 0), Spoiled::nothing);
-  EXPECT_EQ(scheduler.failed(fills[1].slot, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.progress(fills[3].slot, FillOutcome::failed, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.progress(fills[1].slot, FillOutcome::failed, 0), Spoiled::nothing);
   const auto again = start(scheduler);
   ASSERT_EQ(again.size(), 1u);
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
-  EXPECT_EQ(scheduler.failed(again[0].slot, 0), Spoiled::need);
+  EXPECT_EQ(scheduler.progress(again[0].slot, FillOutcome::failed, 0), Spoiled::need);
   scheduler.abandon_need();
-  EXPECT_EQ(scheduler.failed(fills[2].slot, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.progress(fills[2].slot, FillOutcome::failed, 0), Spoiled::nothing);
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 4u);
 }
 
@@ -309,13 +311,13 @@ TEST(Scheduler, an_abandoned_need_ends_its_leases_and_withdraws_its_demands) {
   scheduler.need(0, Experts{0, 1, 2, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 2u);
-  scheduler.filled(fills[0].slot);
+  scheduler.progress(fills[0].slot, FillOutcome::landed);
   scheduler.abandon_need();
   EXPECT_EQ(take(scheduler), Experts{});
-  scheduler.filled(fills[1].slot);  // lands for nobody
+  scheduler.progress(fills[1].slot, FillOutcome::landed);  // lands for nobody
   EXPECT_EQ(take(scheduler), Experts{});
   EXPECT_FALSE(scheduler.next_fill());
-  EXPECT_EQ(scheduler.resident_count(), 2u);
+  EXPECT_EQ(scheduler.fills().resident_count(), 2u);
   EXPECT_EQ(run(scheduler, 0, {4, 5}), 2u);  // both slots may be evicted
   EXPECT_EQ(total(scheduler).demand_bytes, 3 * blob_bytes);
   EXPECT_EQ(total(scheduler).prefetch_bytes, blob_bytes);
@@ -326,7 +328,7 @@ TEST(Scheduler, a_prompt_is_read_ahead_whatever_the_policy_admits) {
     Scheduler scheduler{{2, 4, 4, blob_bytes}, {policy, "auto"}};
     run(scheduler, 0, all_of(4));  // fills every slot
     EXPECT_EQ(land_prefetches(scheduler).size(), 4u) << policy;
-    EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 4 * blob_bytes) << policy;
+    EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 4 * blob_bytes) << policy;
   }
 }
 
@@ -334,15 +336,15 @@ TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
   Scheduler scheduler = make(2, 4, 4);
   run(scheduler, 0, all_of(4));
   EXPECT_EQ(land_prefetches(scheduler).size(), 4u);
-  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 4 * blob_bytes);
-  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 0u);
+  EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 4 * blob_bytes);
+  EXPECT_EQ(scheduler.fills().stats()[1].prefetch_used_bytes, 0u);
   run(scheduler, 1, {1, 3});
   run(scheduler, 1, {1, 3});  // used once all the same
   run(scheduler, 0, all_of(4));
-  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 4 * blob_bytes);
-  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 2 * blob_bytes);
-  EXPECT_EQ(scheduler.stats()[1].demand_bytes, 0u);
-  EXPECT_EQ(scheduler.stats()[0].demand_bytes, 8 * blob_bytes);
+  EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 4 * blob_bytes);
+  EXPECT_EQ(scheduler.fills().stats()[1].prefetch_used_bytes, 2 * blob_bytes);
+  EXPECT_EQ(scheduler.fills().stats()[1].demand_bytes, 0u);
+  EXPECT_EQ(scheduler.fills().stats()[0].demand_bytes, 8 * blob_bytes);
 }
 
 TEST(Scheduler, a_layer_that_does_not_exist_is_refused_unchanged) {
@@ -358,7 +360,7 @@ TEST(Scheduler, recall_counts_the_needed_experts_that_were_critical) {
   const std::vector<float> scores{0.5F, 0.4F, 0.3F, 0.2F, 0.1F, 0.0F};
   scheduler.predict(0, scores);
   run(scheduler, 0, {0, 2, 5});
-  const LayerStats& stats = scheduler.stats()[0];
+  const LayerStats& stats = scheduler.fills().stats()[0];
   EXPECT_EQ(stats.predicted_needs, 3u);
   EXPECT_EQ(stats.recalled, 1u);     // 0, of 0 and 1
   EXPECT_EQ(stats.recalled_2k, 2u);  // 0 and 2, of 0 to 3
@@ -376,9 +378,9 @@ TEST(Scheduler, recall_joins_the_tokens_of_an_iteration_and_forgets_them_with_it
   scheduler.predict(1, std::vector<float>{0, 0, 1.5F, 1.5F, 0, 0});
   scheduler.predict(1, std::vector<float>{0, 1.5F, 1.5F, 0, 0, 0});
   run(scheduler, 1, {0, 1, 2, 3});
-  EXPECT_EQ(scheduler.stats()[1].predicted_needs, 4u);
-  EXPECT_EQ(scheduler.stats()[1].recalled, 3u);
-  EXPECT_EQ(scheduler.stats()[1].critical, 3u);
+  EXPECT_EQ(scheduler.fills().stats()[1].predicted_needs, 4u);
+  EXPECT_EQ(scheduler.fills().stats()[1].recalled, 3u);
+  EXPECT_EQ(scheduler.fills().stats()[1].critical, 3u);
 }
 
 TEST(Scheduler, evicts_as_of_the_layer_that_is_needed_next) {
@@ -404,20 +406,20 @@ TEST(Scheduler, prefetches_of_sp_moe_are_used_by_the_layers_they_are_for) {
 TEST(Scheduler, a_plan_takes_the_place_of_what_waits_and_is_served_in_its_order) {
   Scheduler scheduler{{4, 4, 6, blob_bytes}, {"sp-moe"}};
   scheduler.predict(1, std::vector{1.5F, 0.0F, 0.0F, 0.0F});
-  scheduler.plan(std::vector<ExpertId>{{3, 2}, {1, 1}, {3, 2}, {2, 0}});
+  scheduler.predict(std::vector<ExpertId>{{3, 2}, {1, 1}, {3, 2}, {2, 0}});
   EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{3, 2}, {1, 1}, {2, 0}}));
   EXPECT_EQ(run(scheduler, 1, {1}), 0u);
   EXPECT_EQ(total(scheduler).hits, 1u);
   EXPECT_EQ(total(scheduler).prefetch_used_bytes, blob_bytes);
-  scheduler.plan(std::vector<ExpertId>{{2, 3}});
-  scheduler.plan({});
+  scheduler.predict(std::vector<ExpertId>{{2, 3}});
+  scheduler.predict({});
   EXPECT_TRUE(land_prefetches(scheduler).empty());
 }
 
 TEST(Scheduler, a_plan_leaves_the_next_layer_of_a_prompt_to_be_read_ahead) {
   Scheduler scheduler = make(3, 2, 6);
   scheduler.need(0, all_of(2));
-  scheduler.plan(std::vector<ExpertId>{{2, 1}});
+  scheduler.predict(std::vector<ExpertId>{{2, 1}});
   std::vector<ExpertId> filled;
   for (const Fill& fill : start(scheduler)) filled.push_back(fill.expert);
   EXPECT_EQ(filled, (std::vector<ExpertId>{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {2, 1}}));
@@ -449,7 +451,7 @@ TEST(Scheduler, the_oracle_moves_no_byte_in_vain) {
     trace.append(static_cast<std::uint16_t>(need % 3), needs.back());
   }
   Scheduler scheduler{{3, 6, 8, blob_bytes, 2}, {"oracle", "auto"}};
-  scheduler.replay(std::move(trace));
+  scheduler.foresight().replay(std::move(trace));
   for (std::uint16_t need = 0; need < 60; ++need) {
     land_prefetches(scheduler);
     run(scheduler, static_cast<std::uint16_t>(need % 3), needs[need]);
@@ -462,21 +464,21 @@ TEST(Scheduler, the_oracle_moves_no_byte_in_vain) {
 
 TEST(Scheduler, a_trace_of_another_model_is_refused) {
   Scheduler scheduler = make(3, 6, 2);
-  EXPECT_EQ(message_of<InvalidArgument>([&] { scheduler.replay(RoutingTrace{3, 5}); }),
+  EXPECT_EQ(message_of<InvalidArgument>([&] { scheduler.foresight().replay(RoutingTrace{3, 5}); }),
             "a trace of 3 layers of 5 experts given, but there are 3 layers of 6");
 }
 
 TEST(Scheduler, records_the_needs_between_on_and_off) {
   Scheduler scheduler = make(2, 4, 4);
   run(scheduler, 0, {1});
-  scheduler.record(true);
+  scheduler.foresight().record(true);
   run(scheduler, 1, {2, 3});
-  scheduler.record(false);
+  scheduler.foresight().record(false);
   run(scheduler, 0, {0});
-  ASSERT_EQ(scheduler.recorded().remaining(), 1u);
-  EXPECT_EQ(scheduler.recorded().upcoming(0).layer, 1);
-  scheduler.record(true);
-  EXPECT_EQ(scheduler.recorded().remaining(), 0u);
+  ASSERT_EQ(scheduler.foresight().recorded().remaining(), 1u);
+  EXPECT_EQ(scheduler.foresight().recorded().upcoming(0).layer, 1);
+  scheduler.foresight().record(true);
+  EXPECT_EQ(scheduler.foresight().recorded().remaining(), 0u);
 }
 
 TEST(Scheduler, allocates_nothing_after_construction) {
@@ -491,7 +493,8 @@ TEST(Scheduler, allocates_nothing_after_construction) {
       const Experts& experts = pass % 2 == 0 ? whole : few;
       scheduler.need(layer, experts);
       for (std::size_t computed = 0; computed < experts.size();) {
-        if (const auto fill = scheduler.next_fill()) scheduler.filled(fill->slot);
+        if (const auto fill = scheduler.next_fill())
+          scheduler.progress(fill->slot, FillOutcome::landed);
         ready.clear();
         scheduler.take_ready(ready);
         for (const ReadyExpert& each : ready) scheduler.computed(each.expert);

@@ -69,9 +69,9 @@ class Walk {
     ASSERT_EQ(sum.hits, hits_);
     ASSERT_EQ(sum.late, late_);
     ASSERT_EQ(sum.misses, misses_);
-    ASSERT_EQ(scheduler_.resident_count(), std::ranges::count_if(slots_, [](const ModelSlot& slot) {
-                return slot.expert && !slot.filling;
-              }));
+    ASSERT_EQ(scheduler_.fills().resident_count(),
+              std::ranges::count_if(
+                  slots_, [](const ModelSlot& slot) { return slot.expert && !slot.filling; }));
   }
 
   [[nodiscard]] std::uint64_t needs_ended() const { return needs_ended_; }
@@ -149,7 +149,7 @@ class Walk {
       const bool prefetching = slot.filling && slot.kind == FillKind::prefetch && !slot.issued;
       if (!prefetching || slot.withdrawn || wants_.contains(slot.expert->expert)) continue;
       slot.withdrawn = true;
-      changes_[i] = FillChange::To::withdrawn;
+      changes_[i] = FillChange::To::cancelled;
     }
     const auto next = static_cast<std::uint16_t>(layer_ + 1);
     if (experts.size() == shape_.expert_count && next < shape_.layer_count) {
@@ -168,7 +168,7 @@ class Walk {
   }
 
   void tell_changes() {
-    while (const auto change = scheduler_.next_change()) {
+    while (const auto change = scheduler_.fills().next_change()) {
       const auto expected = changes_.find(change->slot);
       ASSERT_NE(expected, changes_.end()) << "a change that nobody asked for";
       ASSERT_EQ(change->to, expected->second);
@@ -226,7 +226,7 @@ class Walk {
     ModelSlot& slot = slots_[on_its_way];
     if (std::exchange(slot.issued, true)) return;
     if (!slot.withdrawn && waited_for(*slot.expert)) become_ready(on_its_way);
-    scheduler_.issued(on_its_way);
+    scheduler_.progress(on_its_way, FillOutcome::issued);
   }
 
   void land() {
@@ -257,21 +257,21 @@ class Walk {
       if (demanded) wants_.erase(want);
       if (waited && !demanded) demands_.insert(expert);
       broken_ |= demanded;
-      ASSERT_EQ(scheduler_.failed(landed, part), spoiled);
+      ASSERT_EQ(scheduler_.progress(landed, FillOutcome::failed, part), spoiled);
       return;
     }
     if (slot.withdrawn && !slot.issued && pick(4) != 0) {
       slot = {};
       moved += part;
       cancelled_bytes_ += blob_bytes - part;
-      scheduler_.withdrawn(landed, part);
+      scheduler_.progress(landed, FillOutcome::cancelled, part);
       return;
     }
     if (slot.withdrawn) demands_.erase(expert);
     slot.filling = slot.withdrawn = slot.issued = slot.computed_behind = false;
     moved += blob_bytes;
     if (waited) become_ready(landed);
-    scheduler_.filled(landed);
+    scheduler_.progress(landed, FillOutcome::landed);
   }
 
   void take() {
@@ -288,7 +288,7 @@ class Walk {
       wants_.at(ready[i].expert) = Want::taken;
     }
     expected_.clear();
-    ASSERT_EQ(scheduler_.computed_ahead(),
+    ASSERT_EQ(scheduler_.fills().read_before_landed(),
               std::ranges::any_of(slots_, &ModelSlot::computed_behind));
   }
 
@@ -354,7 +354,7 @@ class Walk {
       }
       if (!predicted_.contains(slot.expert->layer) || waited_for(*slot.expert)) continue;
       slot.withdrawn = true;
-      changes_[i] = FillChange::To::withdrawn;
+      changes_[i] = FillChange::To::cancelled;
     }
     predicted_.clear();
     ran_.clear();

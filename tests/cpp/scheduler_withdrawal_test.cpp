@@ -15,7 +15,8 @@ using To = FillChange::To;
 /// All changes that are to be told.
 std::vector<std::pair<SlotIndex, To>> changes(Scheduler& scheduler) {
   std::vector<std::pair<SlotIndex, To>> told;
-  while (const auto change = scheduler.next_change()) told.emplace_back(change->slot, change->to);
+  while (const auto change = scheduler.fills().next_change())
+    told.emplace_back(change->slot, change->to);
   return told;
 }
 
@@ -37,18 +38,18 @@ TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want)
   std::ranges::sort(told);
   std::vector<std::pair<SlotIndex, To>> expected;
   for (const Fill& fill : it.fills) {
-    expected.emplace_back(fill.slot, fill.expert.expert == 2 ? To::promoted : To::withdrawn);
+    expected.emplace_back(fill.slot, fill.expert.expert == 2 ? To::promoted : To::cancelled);
   }
   EXPECT_EQ(told, expected);
-  EXPECT_EQ(it.scheduler.stats()[1].late, 1u);
-  it.scheduler.filled(it.fills[2].slot);
+  EXPECT_EQ(it.scheduler.fills().stats()[1].late, 1u);
+  it.scheduler.progress(it.fills[2].slot, FillOutcome::landed);
   EXPECT_EQ(take(it.scheduler), Experts{2});
   it.scheduler.computed(2);
-  it.scheduler.withdrawn(it.fills[0].slot, 0);
-  it.scheduler.withdrawn(it.fills[1].slot, 300);
-  it.scheduler.filled(it.fills[3].slot);  // too late
-  EXPECT_EQ(it.scheduler.resident_count(), 6u);
-  const LayerStats& stats = it.scheduler.stats()[1];
+  it.scheduler.progress(it.fills[0].slot, FillOutcome::cancelled, 0);
+  it.scheduler.progress(it.fills[1].slot, FillOutcome::cancelled, 300);
+  it.scheduler.progress(it.fills[3].slot, FillOutcome::landed);  // too late
+  EXPECT_EQ(it.scheduler.fills().resident_count(), 6u);
+  const LayerStats& stats = it.scheduler.fills().stats()[1];
   EXPECT_EQ(stats.prefetch_bytes, 2 * blob_bytes + 300);
   EXPECT_EQ(stats.prefetch_used_bytes, blob_bytes);
   EXPECT_EQ(stats.cancelled_bytes, 2 * blob_bytes - 300);
@@ -62,24 +63,25 @@ TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_
   it.scheduler.abandon_need();
   static_cast<void>(changes(it.scheduler));
   it.scheduler.need(1, Experts{0, 1, 3});
-  EXPECT_EQ(it.scheduler.stats()[1].misses, 3u);
+  EXPECT_EQ(it.scheduler.fills().stats()[1].misses, 3u);
   EXPECT_FALSE(it.scheduler.next_fill());
   EXPECT_EQ(take(it.scheduler), Experts{});
-  it.scheduler.withdrawn(it.fills[1].slot, 999);
+  it.scheduler.progress(it.fills[1].slot, FillOutcome::cancelled, 999);
   const auto again = start(it.scheduler);
   ASSERT_EQ(again.size(), 1u);
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
-  EXPECT_EQ(it.scheduler.failed(it.fills[0].slot, 10), Spoiled::nothing);  // not this need's read
+  EXPECT_EQ(it.scheduler.progress(it.fills[0].slot, FillOutcome::failed, 10),
+            Spoiled::nothing);  // not this need's read
   EXPECT_EQ(start(it.scheduler).size(), 1u);
-  it.scheduler.filled(it.fills[3].slot);  // whole all the same
+  it.scheduler.progress(it.fills[3].slot, FillOutcome::landed);  // whole all the same
   EXPECT_EQ(take(it.scheduler), Experts{3});
-  it.scheduler.filled(again[0].slot);
+  it.scheduler.progress(again[0].slot, FillOutcome::landed);
   EXPECT_EQ(take(it.scheduler), Experts{1});
   EXPECT_FALSE(it.scheduler.next_fill());
-  EXPECT_EQ(it.scheduler.stats()[1].prefetch_bytes, 999u + 10 + blob_bytes);
-  EXPECT_EQ(it.scheduler.stats()[1].prefetch_used_bytes, blob_bytes);
-  EXPECT_EQ(it.scheduler.stats()[1].demand_bytes, blob_bytes);
+  EXPECT_EQ(it.scheduler.fills().stats()[1].prefetch_bytes, 999u + 10 + blob_bytes);
+  EXPECT_EQ(it.scheduler.fills().stats()[1].prefetch_used_bytes, blob_bytes);
+  EXPECT_EQ(it.scheduler.fills().stats()[1].demand_bytes, blob_bytes);
 }
 
 TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_withdrawn_fill) {
@@ -88,7 +90,7 @@ TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_withdraw
   it.scheduler.need(1, all_of(4));  // reads layer 2 ahead
   EXPECT_FALSE(it.scheduler.next_fill());
   for (const std::size_t expert : {0U, 1U, 3U}) {
-    it.scheduler.withdrawn(it.fills[expert].slot, 0);
+    it.scheduler.progress(it.fills[expert].slot, FillOutcome::cancelled, 0);
     EXPECT_EQ(it.scheduler.next_fill().value().kind, FillKind::demand);
   }
   EXPECT_EQ(it.scheduler.next_fill().value().expert.layer, 2);
@@ -100,10 +102,10 @@ TEST(Scheduler, a_prefetch_that_is_asked_for_again_waits_for_the_end_of_the_with
   scheduler.predict(1, scores);
   const auto first = scheduler.next_fill().value();
   scheduler.end_iteration();
-  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{first.slot, To::withdrawn}}));
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{first.slot, To::cancelled}}));
   scheduler.predict(1, scores);
   EXPECT_FALSE(scheduler.next_fill());
-  scheduler.withdrawn(first.slot, 1);
+  scheduler.progress(first.slot, FillOutcome::cancelled, 1);
   EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
 }
 
@@ -114,14 +116,14 @@ TEST(Scheduler, the_end_of_an_iteration_withdraws_what_was_drafted_for_layers_th
     for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
     const auto fills = start(scheduler);
     ASSERT_EQ(fills.size(), 6u);
-    scheduler.filled(fills[4].slot);
+    scheduler.progress(fills[4].slot, FillOutcome::landed);
     scheduler.need(0, Experts{0, 1});
     EXPECT_EQ(changes(scheduler).size(), 2u);  // are promoted
     // A request that ended early leaves its iteration to the next one.
     early ? scheduler.begin_request() : scheduler.end_iteration();
-    EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[2].slot, To::withdrawn},
-                                               std::pair{fills[3].slot, To::withdrawn},
-                                               std::pair{fills[5].slot, To::withdrawn}}));
+    EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[2].slot, To::cancelled},
+                                               std::pair{fills[3].slot, To::cancelled},
+                                               std::pair{fills[5].slot, To::cancelled}}));
     scheduler.begin_request();
     scheduler.end_iteration();
     EXPECT_EQ(changes(scheduler).size(), 0u);
@@ -149,7 +151,7 @@ TEST(Scheduler, what_the_running_need_waits_for_is_never_withdrawn) {
   EXPECT_FALSE(scheduler.next_fill());
   scheduler.end_iteration();
   EXPECT_EQ(changes(scheduler).size(), 0u);
-  scheduler.filled(fill.slot);
+  scheduler.progress(fill.slot, FillOutcome::landed);
   EXPECT_EQ(take(scheduler), Experts{1});
 }
 
@@ -157,7 +159,7 @@ TEST(Scheduler, horizon_finishes_what_is_often_used) {
   Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"horizon", "auto"}};
   for (int pass = 0; pass < 40; ++pass) {
     scheduler.need(1, Experts{0});
-    EXPECT_EQ(scheduler.failed(scheduler.next_fill().value().slot, 0),
+    EXPECT_EQ(scheduler.progress(scheduler.next_fill().value().slot, FillOutcome::failed, 0),
               Spoiled::need);  // never resident
     scheduler.abandon_need();
     scheduler.end_iteration();
@@ -167,19 +169,21 @@ TEST(Scheduler, horizon_finishes_what_is_often_used) {
   ASSERT_EQ(fills.size(), 2u);
   EXPECT_EQ(fills[1].expert, (ExpertId{1, 1}));
   scheduler.need(1, Experts{2});
-  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[1].slot, To::withdrawn}}));
+  EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[1].slot, To::cancelled}}));
 }
 
 TEST(Scheduler, a_failed_fill_accounts_for_what_it_moved) {
   Scheduler scheduler = make(2, 4, 4);
   scheduler.need(0, Experts{0});
-  EXPECT_EQ(scheduler.failed(scheduler.next_fill().value().slot, 700), Spoiled::need);
+  EXPECT_EQ(scheduler.progress(scheduler.next_fill().value().slot, FillOutcome::failed, 700),
+            Spoiled::need);
   scheduler.abandon_need();
-  EXPECT_EQ(scheduler.stats()[0].demand_bytes, 700u);
+  EXPECT_EQ(scheduler.fills().stats()[0].demand_bytes, 700u);
   run(scheduler, 0, all_of(4));
-  EXPECT_EQ(scheduler.failed(scheduler.next_fill().value().slot, 20), Spoiled::nothing);
-  EXPECT_EQ(scheduler.stats()[1].prefetch_bytes, 20u);
-  EXPECT_EQ(scheduler.stats()[1].prefetch_used_bytes, 0u);
+  EXPECT_EQ(scheduler.progress(scheduler.next_fill().value().slot, FillOutcome::failed, 20),
+            Spoiled::nothing);
+  EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 20u);
+  EXPECT_EQ(scheduler.fills().stats()[1].prefetch_used_bytes, 0u);
 }
 
 }  // namespace
