@@ -94,9 +94,8 @@ def main(**flags: Any) -> None:
 
 def _decode(engine: spmoe.Engine, text: str, count: int, tally: Tally) -> Fills:
     """Return the fills of one text behind its prompt; add what it came to."""
-    known = len(engine.phases)
     run_prompt(engine, engine.encode(text), count, tally)
-    _, prompt = engine.phases[known : known + 2]  # not drafted, read
+    _, prompt = engine.phases[:2]  # not drafted, read
     fills = [
         (start_s, end_s)
         for lane, _, _, start_s, end_s, _ in engine.runtime.spans()

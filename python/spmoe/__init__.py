@@ -35,10 +35,10 @@ __all__ = [
 if TYPE_CHECKING:
     from spmoe.engine import Engine
     from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
+    from spmoe.generation import Generation
     from spmoe.loader import load
     from spmoe.metrics import Metrics
     from spmoe.policies import Policy
-    from spmoe.request import Generation
     from spmoe.runtime import Runtime
     from spmoe.store import open_store
     from spmoe.verification import Verification, verify
@@ -56,10 +56,10 @@ else:
             "InvalidArgument",
             "OutOfMemory",
         ),
+        "spmoe.generation": ("Generation",),
         "spmoe.loader": ("load",),
         "spmoe.metrics": ("Metrics",),
         "spmoe.policies": ("Policy",),
-        "spmoe.request": ("Generation",),
         "spmoe.runtime": ("Runtime",),
         "spmoe.store": ("open_store",),
         "spmoe.verification": ("Verification", "verify"),

@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from spmoe import predictor, speculative
-from spmoe.closeable import Closeable, at_work
+from spmoe.closeable import Closeable
 from spmoe.config import check_draft_length, format_bytes
 from spmoe.costs import Costs
 from spmoe.draft_length import DraftLength
-from spmoe.errors import InvalidArgument
+from spmoe.errors import Error, InvalidArgument
+from spmoe.generation import Generation, check_max_new_tokens, check_stop, write
 from spmoe.layer_map import LayerMap
 from spmoe.memory_plan import MemoryPlan
-from spmoe.metrics import Metrics
-from spmoe.models.cache_support import cache_support, cached
+from spmoe.metrics import Course, Metrics, summarise
+from spmoe.models.cache_support import cache_support
 from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel
-from spmoe.models.processors import request_processors, set_aside
+from spmoe.models.processors import set_aside
 from spmoe.models.text import Prompt, Tokenizer, encode
-from spmoe.planner import COUNTERS, Limits, Planner, Shape
-from spmoe.request import Generation, Request
+from spmoe.models.writer import TextWriter
+from spmoe.planner import Planner, Shape
+from spmoe.request import Request
 from spmoe.runtime import Runtime
 from spmoe.trace import Phase
+from spmoe.turns import Turns
 
 log = logging.getLogger("spmoe")
 
 PLAIN_FIRST = 3  # iterations: the first after a prefill still fill what it has evicted
 
 
+@dataclass(slots=True)
+class _Text:
+    """A request for text, checked, and its figures once it has ended."""
+
+    request: Request
+    tokens: list[int]  # of the prompt
+    max_new_tokens: int
+    writer: TextWriter
+    metrics: Metrics | None = None
+
+
 class Engine(Closeable):
     """A target whose experts are offloaded, its tokenizer, and perhaps a draft; see `load`.
 
-    Thread-safe: requests of several threads interleave, and the figures of each then count what the
-    others did meanwhile. A context manager.
+    Thread-safe. One request is answered at a time: those of several threads wait their turn, in the
+    order in which they came, and the figures of each are its own. A thread that asks for a request
+    while it reads a stream that is not finished gets an `Error`, for it would wait forever. A
+    context manager.
 
     Args:
         target: From `load_target`.
@@ -90,12 +106,10 @@ class Engine(Closeable):
         self.last: Metrics | None = None  # figures of the last request
         self.load_seconds: dict[str, float] = {}  # step of `load` -> how long it took
         self.memory: MemoryPlan | None = None  # how `load` divided it
-        self.phases: list[Phase] = []  # draft and verify, if the runtime keeps spans
-        self._limits: Limits | None = None  # of the running iteration
-        self._covered_rows = 0  # of the running verification, which the draft predicted for
-        self._reread_rows = 0  # before these, which the target has read before
         self.prompt_chunk: int | None = None  # tokens of a pass over the prompt; None: all in one
         self.draft_note: str | None = None if draft is not None else "no draft model"
+        self._turns = Turns()
+        self._running = Request(target, None, runtime)  # or the latest that ran; at first none
         self._predictions_failed = False
         self._hooks = ExitStack()
         self.not_applied = self._set_aside()  # of the target's generation configuration
@@ -116,17 +130,12 @@ class Engine(Closeable):
         raw: bool = False,
     ) -> Generation:
         """Write text after ``prompt`` and return it whole. Arguments and errors as for `stream`."""
-        request = Request(
-            self,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            draft_length=draft_length,
-            stop=stop,
-            raw=raw,
-        )
-        for _ in request.run():
+        text = self._begin(prompt, max_new_tokens, draft_length, stop, raw)
+        for _ in self._turns.hold(self._write(text)):
             pass
-        return request.result()
+        if text.metrics is None:
+            raise Error("the request wrote nothing")
+        return Generation(text.writer.text, text.writer.token_ids, text.metrics)
 
     def stream(
         self,
@@ -136,8 +145,11 @@ class Engine(Closeable):
         draft_length: int | str | None = None,
         stop: str | Sequence[str] | None = None,
         raw: bool = False,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Write text after ``prompt``, yielding it as it is written.
+
+        Its turn begins with the first chunk that is asked for, and ends when the stream is read to
+        its end, closed, or dropped.
 
         Args:
             prompt: Text, chat messages ({"role": ..., "content": ...}), or token ids: integers, a
@@ -153,81 +165,94 @@ class Engine(Closeable):
                 is wrong.
             DeviceError: An expert could not be read. The engine stays usable.
             CheckpointError: A file of the target was written to after it was loaded.
+            Error: This thread reads another stream of the engine that is not finished, or the
+                engine is closed.
         """
-        return Request(
-            self,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            draft_length=draft_length,
-            stop=stop,
-            raw=raw,
-        ).run()
+        return self._turns.hold(
+            self._write(self._begin(prompt, max_new_tokens, draft_length, stop, raw))
+        )
 
     def iterate(
         self, prompt: Prompt, *, max_new_tokens: int, draft_length: int | Literal["auto"]
-    ) -> Iterator[speculative.Iteration]:
-        """Decode without stopping at any token, and yield the iterations themselves."""
+    ) -> Generator[speculative.Iteration]:
+        """Decode without stopping at any token, and yield the iterations themselves.
+
+        Turns and errors as for `stream`.
+        """
         tokens = self.encode(prompt)
-        max_length = min(len(tokens) + max_new_tokens, self.context_length)
-        drafter = None
-        if self.draft is not None and draft_length != 0:
-            drafter = cached(self.draft)
-        adaptive: DraftLength | None = None
-        if draft_length == "auto" and drafter is not None:
-            if self._lengths is None:
-                raise InvalidArgument(
-                    'draft_length "auto" needs the costs of this machine, which were not measured: '
-                    'give draft_length="auto" to spmoe.load'
-                )
-            adaptive = self._lengths
+        return self._turns.hold(self._decode(self._request(draft_length), tokens, max_new_tokens))
 
-        def choose(backlog: int, left: int) -> int:
-            fixed = 0 if draft_length == "auto" else draft_length
-            length = fixed if adaptive is None else adaptive.choose(backlog, left)
-            self._set_limits(length if drafter is not None else 0)
-            if drafter is not None:
-                self._reread_rows = backlog + drafter.length - target.length
-            return length
+    @property
+    def phases(self) -> list[Phase]:
+        """Drafts and verifications of the latest request, if the runtime keeps spans."""
+        return self._running.phases
 
-        target = cached(self.target.model)
-        self.runtime.begin_request()
-        counters: dict[str, Any] | None = None
-        finite = True
-        iterations = speculative.decode(
-            target,
-            drafter,
-            tokens,
-            draft_length=choose,
-            max_length=max_length,
-            worth_another=adaptive.worth_another if adaptive is not None else None,
-            read_last=self._reads_last,
-            process=request_processors(self.target.model, tokens, max_length),
+    def _begin(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        draft_length: int | str | None,
+        stop: str | Sequence[str] | None,
+        raw: bool,
+    ) -> _Text:
+        """Check the arguments of a request, before its turn."""
+        count = check_max_new_tokens(max_new_tokens)
+        stops = check_stop(stop)
+        tokens = self.encode(prompt, raw=raw)
+        length = check_draft_length(self.draft_length if draft_length is None else draft_length)
+        return _Text(self._request(length), tokens, count, TextWriter(self.tokenizer, stops))
+
+    def _request(self, draft_length: int | Literal["auto"]) -> Request:
+        auto = draft_length == "auto"
+        if auto and self.draft is not None and self._lengths is None:
+            raise InvalidArgument(
+                'draft_length "auto" needs the costs of this machine, which were not measured: '
+                'give draft_length="auto" to spmoe.load'
+            )
+        return Request(
+            self.target,
+            self.draft,
+            self.runtime,
+            draft_length=None if draft_length == "auto" else draft_length,
+            planner=self.planner,
+            lengths=self._lengths,
+            cutoff_layer=self.cutoff_layer,
             prompt_chunk=self.prompt_chunk,
         )
-        for iteration in at_work(iterations):
-            self.runtime.end_iteration(iteration.accepted)
-            prefill = counters is None
-            if adaptive is not None and not prefill:
-                adaptive.observe(iteration)
-            counters = self._observe(iteration, counters)
-            self._covered_rows = 0
-            if finite and not iteration.finite:
-                finite = False
-                log.warning("the target's logits are not finite: %s", self._nonfinite_place())
-            if self.runtime.trace_spans:
-                self.phases += _phases(iteration)
-            yield iteration
 
-    def _nonfinite_place(self) -> str:
-        """Say where weights are not finite, as those of a damaged disk are."""
-        cure = "download the checkpoint again, or check the disk"
-        for name, weight in self.target.model.named_parameters():
-            if not bool(weight.isfinite().all()):
-                return f"the weight {name} is not; {cure}"
-        if (place := self.runtime.store.find_nonfinite()) is not None:
-            layer, expert, file = place
-            return f"expert {expert} of MoE layer {layer} is not, in {file}; {cure}"
-        return "no weight that was looked at is the cause; the text may be meaningless"
+    def _decode(
+        self, request: Request, tokens: list[int], max_new_tokens: int
+    ) -> Generator[speculative.Iteration]:
+        """Make the request the running one; only in its turn."""
+        self._running = request
+        yield from request.iterations(
+            tokens, min(len(tokens) + max_new_tokens, self.context_length)
+        )
+
+    def _write(self, text: _Text) -> Generator[str]:
+        """Yield chunks of text; the figures are there once it is exhausted or closed."""
+        course = Course(prompt_tokens=len(text.tokens))
+        before = self.runtime.stats()
+        iterations = self._decode(text.request, text.tokens, text.max_new_tokens)
+        try:
+            yield from write(iterations, text.writer, self.target.end_token_ids, course)
+        finally:
+            if course.iterations:
+                text.metrics = self.last = summarise(
+                    course,
+                    before=before,
+                    after=self.runtime.stats(),
+                    expert_memory_bytes=self.runtime.expert_memory_bytes,
+                    expert_total_bytes=self.runtime.store.total_bytes,
+                )
+                log.info(
+                    "%d tokens in %.2f s after a prompt of %d; %d of %d drafted were accepted",
+                    course.new_tokens,
+                    course.last_token_s,
+                    course.prompt_tokens,
+                    course.accepted,
+                    course.drafted,
+                )
 
     def _set_aside(self) -> list[str]:
         """Return the settings of the target that are not applied, with a warning if any are."""
@@ -239,31 +264,6 @@ class Engine(Closeable):
                 ", ".join(settings),
             )
         return settings
-
-    def _set_limits(self, draft_length: int) -> None:
-        if self.planner is None:
-            return
-        limits = self.planner.limits(draft_length)
-        if self.cutoff_layer is not None:
-            limits = replace(limits, cutoff_layer=self.cutoff_layer)
-        self._limits = limits
-        self.runtime.set_limits(
-            cutoff_layer=limits.cutoff_layer,
-            budget_bytes=limits.budget_bytes,
-            break_even=limits.break_even,
-        )
-
-    def _observe(
-        self, iteration: speculative.Iteration, before: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """Report an iteration to the planner; a prefill, which has none before it, is left out."""
-        after = self.runtime.stats(by_layer=False)
-        if self.planner is not None and before is not None:
-            grown = {name: after[name] - before[name] for name in COUNTERS}
-            self.planner.observe(
-                iteration, grown, read_last=self._reads_last(), reread=iteration.reread
-            )
-        return after
 
     def _watch(self) -> None:
         """Report predictions from the models' states as the policy wants them."""
@@ -290,7 +290,7 @@ class Engine(Closeable):
                 predictor.target_predictions(
                     self.target,
                     report,
-                    first_row=self._first_uncovered_row,
+                    first_row=lambda: self._running.first_uncovered_row,
                     wanted=self._predicts,
                     on_error=self._stop_predicting,
                 )
@@ -327,21 +327,13 @@ class Engine(Closeable):
                 error,
             )
 
-    def _first_uncovered_row(self) -> int:
-        return self._reread_rows + self._covered_rows if self._covered_rows else 0
-
-    def _reads_last(self) -> bool:
-        return self._limits is not None and self._limits.read_last
-
     def _predicts(self, layer: int) -> bool:
-        """Whether the policy would do anything about a prediction for ``layer``."""
-        if self._predictions_failed:
-            return False
-        return self._limits is None or self._limits.uses_prediction(self.runtime.traits, layer)
+        """Whether a prediction for ``layer`` would be used."""
+        return not self._predictions_failed and self._running.wants(layer)
 
     def _report_draft(self, layer: int, scores: torch.Tensor) -> None:
         if layer == 0:
-            self._covered_rows += 1
+            self._running.cover_row()
         self.runtime.predict(layer, scores, source="draft")
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -390,14 +382,5 @@ class Engine(Closeable):
     def close(self) -> None:
         """Give the expert memory back. May be called twice."""
         self.runtime.close()
+        self._turns.close()
         self._hooks.close()
-
-
-def _phases(iteration: speculative.Iteration) -> list[Phase]:
-    verify_s = iteration.end_s - iteration.verify_s
-    drafted = f"{iteration.drafted} tokens"
-    verified = f"{iteration.accepted} accepted"
-    return [
-        Phase("draft", drafted, verify_s - iteration.draft_s, verify_s),
-        Phase("verify", verified, verify_s, iteration.end_s),
-    ]

@@ -24,12 +24,21 @@ _COUNTERS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Course of one request, seconds since it was made."""
+@dataclass(slots=True)
+class Course:
+    """How far one request is. Seconds count from the beginning of its turn.
 
-    first_token_s: float
-    last_token_s: float
+    `finish_reason` is "stop" (end-of-text token or stop string) or "length".
+    """
+
+    prompt_tokens: int
+    new_tokens: int = 0
+    iterations: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    finish_reason: str = "length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +111,10 @@ def cpu_model() -> str:
 
 
 def summarise(
+    course: Course,
     *,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
-    timing: Timing,
-    prompt_tokens: int,
-    new_tokens: int,
-    finish_reason: str,
-    drafted: int,
-    accepted: int,
-    iterations: int,
     expert_memory_bytes: int,
     expert_total_bytes: int,
 ) -> Metrics:
@@ -119,19 +122,20 @@ def summarise(
     delta = {name: after[name] - before[name] for name in _COUNTERS}
     needed = delta["hits"] + delta["late"] + delta["misses"]
     link_bytes = delta.pop("link_bytes")
-    decode_s = timing.last_token_s - timing.first_token_s
+    decode_s = course.last_token_s - course.first_token_s
+    new_tokens = course.new_tokens
     return Metrics(
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=course.prompt_tokens,
         new_tokens=new_tokens,
-        finish_reason=finish_reason,
-        ttft_s=timing.first_token_s,
+        finish_reason=course.finish_reason,
+        ttft_s=course.first_token_s,
         tpot_s=decode_s / (new_tokens - 1) if new_tokens > 1 else None,
-        tokens_per_s=new_tokens / timing.last_token_s,
-        iterations=iterations,
-        drafted=drafted,
-        accepted=accepted,
-        acceptance=accepted / drafted if drafted else None,
-        tokens_per_iteration=new_tokens / iterations,
+        tokens_per_s=new_tokens / course.last_token_s,
+        iterations=course.iterations,
+        drafted=course.drafted,
+        accepted=course.accepted,
+        acceptance=course.accepted / course.drafted if course.drafted else None,
+        tokens_per_iteration=new_tokens / course.iterations,
         hit_rate=delta["hits"] / needed if needed else None,
         bytes_per_token=link_bytes / new_tokens,
         link_gbps=link_bytes / delta["link_busy_s"] / 1e9 if delta["link_busy_s"] else None,

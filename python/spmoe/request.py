@@ -1,151 +1,172 @@
-"""One request, from prompt to text and figures."""
+"""`Request`: the decoding of one text, with the state that belongs to it alone."""
 
 from __future__ import annotations
 
 import logging
-import operator
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from spmoe.config import check_draft_length
-from spmoe.errors import Error, InvalidArgument
-from spmoe.metrics import Metrics, Timing, summarise
-from spmoe.models.text import Prompt
-from spmoe.models.writer import TextWriter
+from spmoe import speculative
+from spmoe.cached_model import CachedModel
+from spmoe.closeable import at_work
+from spmoe.draft_length import DraftLength
+from spmoe.models.cache_support import cached
+from spmoe.models.cached import CausalLM
+from spmoe.models.loading import TargetModel
+from spmoe.models.processors import request_processors
+from spmoe.planner import COUNTERS, Limits, Planner
+from spmoe.runtime import Runtime
+from spmoe.trace import Phase
 
 log = logging.getLogger("spmoe")
 
-if TYPE_CHECKING:
-    from spmoe.engine import Engine
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What a request wrote.
-
-    Attributes:
-        text: New text, without special tokens, up to a stop string if one ended it.
-        token_ids: New token ids, with the end-of-text token if one ended it.
-        stats: What it cost.
-    """
-
-    text: str
-    token_ids: list[int]
-    stats: Metrics
-
-    @property
-    def finish_reason(self) -> str:
-        """Return "stop" (end-of-text token or stop string) or "length"."""
-        return self.stats.finish_reason
-
 
 class Request:
-    """One request from prompt to figures."""
+    """The decoding of one text. One thread at a time, and one request of a runtime at a time.
+
+    Args:
+        target: With ``runtime`` attached.
+        draft: Proposes tokens; None decodes plainly.
+        runtime: Of the target's experts.
+        draft_length: Tokens drafted an iteration; None: ``lengths`` chooses each time.
+        planner: Says what each iteration may prefetch; None: everything.
+        lengths: Learns from the iterations.
+        cutoff_layer: In place of the planner's.
+        prompt_chunk: Tokens of a pass over the prompt; None: all in one.
+
+    Attributes:
+        phases: Draft and verification of each iteration, if the runtime keeps spans.
+    """
 
     def __init__(
         self,
-        engine: Engine,
-        prompt: Prompt,
+        target: TargetModel,
+        draft: CausalLM | None,
+        runtime: Runtime,
         *,
-        max_new_tokens: int = 128,
-        draft_length: int | str | None = None,
-        stop: str | Sequence[str] | None = None,
-        raw: bool = False,
+        draft_length: int | None = 0,
+        planner: Planner | None = None,
+        lengths: DraftLength | None = None,
+        cutoff_layer: int | None = None,
+        prompt_chunk: int | None = None,
     ) -> None:
-        self.max_new_tokens = _check_count(max_new_tokens)
-        stops = _check_stop(stop)
-        self.engine = engine
-        self.prompt = engine.encode(prompt, raw=raw)
-        self.draft_length = check_draft_length(
-            engine.draft_length if draft_length is None else draft_length
+        self.phases: list[Phase] = []
+        self._target = target
+        self._draft = draft if draft_length != 0 else None
+        self._runtime = runtime
+        self._draft_length = draft_length or 0
+        self._adaptive = lengths if draft_length is None and draft is not None else None
+        self._planner = planner
+        self._cutoff_layer = cutoff_layer
+        self._prompt_chunk = prompt_chunk
+        self._limits: Limits | None = None  # of the running iteration
+        self._covered_rows = 0  # of the running verification, which the draft predicted for
+        self._reread_rows = 0  # before these, which the target has read before
+
+    def iterations(self, tokens: Sequence[int], max_length: int) -> Iterator[speculative.Iteration]:
+        """Decode until ``max_length`` tokens of prompt and text; the first one reads the prompt.
+
+        Args:
+            tokens: The prompt.
+            max_length: No more than the target's context.
+        """
+        target = cached(self._target.model)
+        drafter = cached(self._draft) if self._draft is not None else None
+        adaptive = self._adaptive
+        self._runtime.begin_request()
+        counters: dict[str, Any] | None = None
+        finite = True
+        iterations = speculative.decode(
+            target,
+            drafter,
+            tokens,
+            draft_length=lambda backlog, left: self._begin(target, drafter, backlog, left),
+            max_length=max_length,
+            worth_another=adaptive.worth_another if adaptive is not None else None,
+            read_last=self._reads_last,
+            process=request_processors(self._target.model, tokens, max_length),
+            prompt_chunk=self._prompt_chunk,
         )
-        self.writer = TextWriter(engine.tokenizer, stops)
-        self.metrics: Metrics | None = None
+        for iteration in at_work(iterations):
+            self._runtime.end_iteration(iteration.accepted)
+            if adaptive is not None and counters is not None:  # not a prefill
+                adaptive.observe(iteration)
+            counters = self._observe(iteration, counters)
+            self._covered_rows = 0
+            if finite and not iteration.finite:
+                finite = False
+                log.warning("the target's logits are not finite: %s", self._nonfinite_place())
+            if self._runtime.trace_spans:
+                self.phases += _phases(iteration)
+            yield iteration
 
-    def run(self) -> Iterator[str]:
-        """Yield chunks of text; the figures are there once it is exhausted or closed."""
-        engine = self.engine
-        ends = engine.target.end_token_ids
-        finish_reason = "length"
-        iterations = drafted = accepted = 0
-        start = time.perf_counter()
-        before = engine.runtime.stats()
-        first = last = 0.0
-        try:
-            for iteration in engine.iterate(
-                self.prompt, max_new_tokens=self.max_new_tokens, draft_length=self.draft_length
-            ):
-                last = time.perf_counter() - start
-                first = first or last
-                iterations += 1
-                drafted += iteration.drafted
-                accepted += iteration.accepted
-                for token in iteration.tokens:
-                    self.writer.add(token)
-                    if token in ends or self.writer.stopped:
-                        finish_reason = "stop"
-                        break
-                if chunk := self.writer.take():
-                    yield chunk
-                if finish_reason == "stop":
-                    break
-            chunk = self.writer.finish()
-            if self.writer.stopped:
-                finish_reason = "stop"
-            if chunk:
-                yield chunk
-        finally:
-            if iterations:
-                self.metrics = engine.last = summarise(
-                    before=before,
-                    after=engine.runtime.stats(),
-                    timing=Timing(first, last),
-                    prompt_tokens=len(self.prompt),
-                    new_tokens=len(self.writer.token_ids),
-                    finish_reason=finish_reason,
-                    drafted=drafted,
-                    accepted=accepted,
-                    iterations=iterations,
-                    expert_memory_bytes=engine.runtime.expert_memory_bytes,
-                    expert_total_bytes=engine.runtime.store.total_bytes,
-                )
-                log.info(
-                    "%d tokens in %.2f s after a prompt of %d; %d of %d drafted were accepted",
-                    len(self.writer.token_ids),
-                    last,
-                    len(self.prompt),
-                    accepted,
-                    drafted,
-                )
+    def wants(self, layer: int) -> bool:
+        """Whether the policy would do anything about a prediction for ``layer`` now."""
+        return self._limits is None or self._limits.uses_prediction(self._runtime.traits, layer)
 
-    def result(self) -> Generation:
-        """Return what was written; only after `run`."""
-        if self.metrics is None:
-            raise Error("the request wrote nothing")
-        return Generation(self.writer.text, self.writer.token_ids, self.metrics)
+    def cover_row(self) -> None:
+        """Note that the draft predicted experts for one more row of the verification to come."""
+        self._covered_rows += 1
 
+    @property
+    def first_uncovered_row(self) -> int:
+        """The first row of the running verification that the draft did not predict for."""
+        return self._reread_rows + self._covered_rows if self._covered_rows else 0
 
-def _check_count(max_new_tokens: Any) -> int:
-    wrong = InvalidArgument(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
-    if isinstance(max_new_tokens, bool):
-        raise wrong
-    try:
-        count = operator.index(max_new_tokens)
-    except TypeError:
-        raise wrong from None
-    if count < 1:
-        raise InvalidArgument(f"max_new_tokens must be at least 1, got {count}")
-    return count
+    def _begin(
+        self, target: CachedModel, drafter: CachedModel | None, backlog: int, left: int
+    ) -> int:
+        """Return how many tokens the coming iteration drafts; set what it may prefetch."""
+        length = self._draft_length
+        if self._adaptive is not None:
+            length = self._adaptive.choose(backlog, left)
+        if self._planner is not None:
+            limits = self._planner.limits(length if drafter is not None else 0)
+            if self._cutoff_layer is not None:
+                limits = replace(limits, cutoff_layer=self._cutoff_layer)
+            self._limits = limits
+            self._runtime.set_limits(
+                cutoff_layer=limits.cutoff_layer,
+                budget_bytes=limits.budget_bytes,
+                break_even=limits.break_even,
+            )
+        if drafter is not None:
+            self._reread_rows = backlog + drafter.length - target.length
+        return length
+
+    def _observe(
+        self, iteration: speculative.Iteration, before: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Report an iteration to the planner; a prefill, which has none before it, is left out."""
+        after = self._runtime.stats(by_layer=False)
+        if self._planner is not None and before is not None:
+            grown = {name: after[name] - before[name] for name in COUNTERS}
+            self._planner.observe(
+                iteration, grown, read_last=self._reads_last(), reread=iteration.reread
+            )
+        return after
+
+    def _reads_last(self) -> bool:
+        return self._limits is not None and self._limits.read_last
+
+    def _nonfinite_place(self) -> str:
+        """Say where weights are not finite, as those of a damaged disk are."""
+        cure = "download the checkpoint again, or check the disk"
+        for name, weight in self._target.model.named_parameters():
+            if not bool(weight.isfinite().all()):
+                return f"the weight {name} is not; {cure}"
+        if (place := self._runtime.store.find_nonfinite()) is not None:
+            layer, expert, file = place
+            return f"expert {expert} of MoE layer {layer} is not, in {file}; {cure}"
+        return "no weight that was looked at is the cause; the text may be meaningless"
 
 
-def _check_stop(stop: Any) -> list[str]:
-    """Return the stop strings; an empty one never stops a text."""
-    if stop is None:
-        return []
-    several = isinstance(stop, Iterable) and not isinstance(stop, str)
-    stops = list(stop) if several else [stop]
-    if not all(isinstance(text, str) for text in stops):
-        raise InvalidArgument(f"stop must be a string, several of them, or None, got {stop!r}")
-    return [text for text in stops if text]
+def _phases(iteration: speculative.Iteration) -> list[Phase]:
+    verify_s = iteration.end_s - iteration.verify_s
+    drafted = f"{iteration.drafted} tokens"
+    verified = f"{iteration.accepted} accepted"
+    return [
+        Phase("draft", drafted, verify_s - iteration.draft_s, verify_s),
+        Phase("verify", verified, verify_s, iteration.end_s),
+    ]

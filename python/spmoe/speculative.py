@@ -20,33 +20,33 @@ from spmoe.cached_model import CachedModel, Process
 from spmoe.drafting import Drafting
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Iteration:
     """What one iteration wrote.
 
     Attributes:
         tokens: Token ids, at least one; the last was not drafted.
         logits: [len(tokens), vocab], the target's scores, whose argmax each token is.
+        verify_s: Seconds that the target's pass took.
+        end_s: When it ended, in seconds of `time.perf_counter`.
         drafted: Tokens that the draft proposed.
         probabilities: That the draft gave to each, if it was asked whether another is worth it.
         backlog: Tokens that the draft's first pass read beside the one that every pass reads.
         pass_s: Seconds of each pass of the draft that proposed a token.
         draft_s: Seconds of drafting, all that it took.
-        verify_s: Seconds that the target's pass took.
-        end_s: When it ended, in seconds of `time.perf_counter`.
         reread: Tokens that the target read again, because its state could not be rewound less.
         finite: Whether all of the target's logits were finite.
     """
 
     tokens: list[int]
     logits: torch.Tensor
-    drafted: int
-    probabilities: tuple[float, ...]
-    backlog: int
-    pass_s: tuple[float, ...]
-    draft_s: float
     verify_s: float
     end_s: float
+    drafted: int = 0
+    probabilities: tuple[float, ...] = ()
+    backlog: int = 0
+    pass_s: tuple[float, ...] = ()
+    draft_s: float = 0.0
     reread: int = 0
     finite: bool = True
 
@@ -167,7 +167,7 @@ def decode(
     text += tokens
     target.rewind(len(prompt))
     end = time.perf_counter()
-    yield Iteration(tokens, scores, 0, (), 0, (), 0.0, end - start, end, finite=finite)
+    yield Iteration(tokens=tokens, logits=scores, verify_s=end - start, end_s=end, finite=finite)
     drafting = Drafting(target, drafter, process, worth_another, read_last)
     drafting.see(text)
     while len(text) < max_length:
@@ -188,17 +188,17 @@ def decode(
         drafting.see(tokens)
         drafting.rewind(len(text) - 1)
         yield Iteration(
-            tokens,
-            scores,
-            len(proposed.tokens),
-            tuple(proposed.probabilities),
-            backlog,
-            tuple(proposed.pass_s),
-            drafted - start,
-            verified - drafted,
-            verified,
-            reread,
-            finite,
+            tokens=tokens,
+            logits=scores,
+            drafted=len(proposed.tokens),
+            probabilities=tuple(proposed.probabilities),
+            backlog=backlog,
+            pass_s=tuple(proposed.pass_s),
+            draft_s=drafted - start,
+            verify_s=verified - drafted,
+            end_s=verified,
+            reread=reread,
+            finite=finite,
         )
 
 

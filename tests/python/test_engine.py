@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +191,43 @@ class TestRequests:
         stream.close()
         assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).token_ids == expected
 
+    def test_requests_of_several_threads_have_figures_of_their_own(
+        self, engine: spmoe.Engine, expected: list[int]
+    ) -> None:
+        def answer(_: int) -> spmoe.Generation:
+            return engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+
+        def needed(result: spmoe.Generation) -> int:
+            return result.stats.hits + result.stats.late + result.stats.misses
+
+        alone = answer(0)
+        with ThreadPoolExecutor(3) as threads:
+            results = list(threads.map(answer, range(6)))
+        assert [result.token_ids for result in results] == [expected] * 6
+        assert [needed(result) for result in results] == [needed(alone)] * 6
+
+    def test_a_request_inside_an_unfinished_stream_is_refused_and_the_stream_goes_on(
+        self, engine: spmoe.Engine
+    ) -> None:
+        whole = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text
+        stream = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS)
+        chunks = [next(stream)]
+        with pytest.raises(spmoe.Error, match=r"read that stream to its end or close\(\) it"):
+            engine.generate(PROMPT)
+        chunks += stream
+        assert "".join(chunks) == whole
+        assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text == whole
+
+    def test_a_stream_that_is_dropped_lets_the_next_thread_go_on(
+        self, engine: spmoe.Engine, expected: list[int]
+    ) -> None:
+        stream = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS)
+        next(stream)
+        with ThreadPoolExecutor(1) as threads:
+            other = threads.submit(engine.generate, PROMPT, max_new_tokens=NEW_TOKENS)
+            del stream
+            assert other.result().token_ids == expected
+
     def test_the_context_ends_a_text(self, engine: spmoe.Engine) -> None:
         prompt = [65] * (engine.context_length - 5)
         result = engine.generate(prompt, max_new_tokens=100)
@@ -310,6 +348,21 @@ class TestLoad:
         engine.close()
         with pytest.raises(spmoe.Error, match="closed"):
             engine.generate(PROMPT)
+
+    def test_a_thread_that_waits_for_its_turn_learns_that_the_engine_was_closed(
+        self, target_path: Path
+    ) -> None:
+        with ThreadPoolExecutor(1) as threads:
+            with spmoe.load(target_path) as engine:
+                stream = engine.stream(PROMPT)
+                next(stream)
+                other = threads.submit(engine.generate, PROMPT)
+                while len(engine._turns._queue) < 2:
+                    os.sched_yield()
+            with pytest.raises(spmoe.Error, match="closed"):
+                other.result()
+        with pytest.raises(spmoe.Error, match="closed"):
+            list(stream)
 
     def test_progress_ends_at_its_total(self, target_path: Path, draft_path: Path) -> None:
         calls: list[tuple[str, int, int]] = []
