@@ -23,6 +23,7 @@ from spmoe.cli.progress import progress_bar
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import resolve_dtype
 from spmoe.prompts import select_prompts
+from spmoe.settings import Settings
 
 
 @click.command()
@@ -39,9 +40,8 @@ from spmoe.prompts import select_prompts
 def main(**flags: Any) -> None:
     """Force every STEP-th cutoff layer on sp-moe and print time per token."""
     target, draft = find_models(**flags)
-    models = load_models(
-        target, draft, dtype=resolve_dtype(flags["dtype"]), link_gbps=flags["link_gbps"]
-    )
+    settings = Settings(dtype=resolve_dtype(flags["dtype"]), link_gbps=flags["link_gbps"])
+    models = load_models(target, draft, settings)
     layers = len(models.target.moe_layers)
     forced: list[int | None] = [*range(0, layers, flags["step"]), layers, None]
     prompts = select_prompts(flags["prompts"])
@@ -52,7 +52,7 @@ def main(**flags: Any) -> None:
         for number, (prompt, layer) in enumerate(runs):
             chosen += _run(models, prompt.text, layer, tallies[layer], flags)
             progress(f"cutoff layer {layer}", number, len(runs))
-    peak = link_peak_gbps(models, flags["link_gbps"])
+    peak = link_peak_gbps(models)
     text = _table(tallies, chosen, layers)
     paced = " (paced)" if flags["link_gbps"] else ""
     caption = (
@@ -72,7 +72,7 @@ def _run(
     """Decode one prompt; return the cutoff layers that were chosen, if none was forced."""
     cell = Cell("sp-moe", "auto", flags["expert_memory"], flags["draft_length"])
     chosen: list[int] = []
-    with open_engine(models, cell, link_gbps=flags["link_gbps"]) as engine:
+    with open_engine(models, cell, paced=True) as engine:
         engine.cutoff_layer = layer
         if layer is None:
             set_limits = engine.runtime.set_limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -50,6 +51,16 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise InvalidArgument(f"{name} is {shown(value)}; use one of {', '.join(choices)}")
     return value
+
+
+def check_model(name: str, value: Any) -> None:
+    """Check that ``value`` can name a model: a directory or a hub id.
+
+    Raises:
+        InvalidArgument: It is neither text nor a path of text.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise InvalidArgument(f"{name} is {shown(value)}; give a model's directory or its hub id")
 
 
 def shown(value: Any) -> str:

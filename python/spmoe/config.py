@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, SupportsIndex
+from typing import Literal
 
+from spmoe.arguments import real_number, shown
 from spmoe.errors import InvalidArgument
 
 _UNITS = {
@@ -31,18 +29,25 @@ MAX_ROWS = 32  # of a verification; a pass of more tokens is a prompt
 
 _LEAST_LINK_GBPS = 1e-6  # as `Runtime` takes
 _MAX_BYTES = (1 << 63) - 1  # of any amount: sizes are 64 bits wide
+_ANY_TOTAL_BYTES = 1 << 40  # of a model that is not open yet
 
 
-def parse_memory(text: int | str, total_bytes: int) -> int:
+def parse_memory(
+    text: int | str, total_bytes: int, *, setting: str = "expert_memory", least: int = 1
+) -> int:
     """Return the bytes that a memory setting means.
 
     Args:
         text: "25%" of ``total_bytes``, "6GiB", "500MB", or a number of bytes.
         total_bytes: All experts of the model.
+        setting: Its name, for messages.
+        least: 0 if there may be none, else 1.
 
     Raises:
-        InvalidArgument: It is none of these, under one byte, or past 64 bits.
+        InvalidArgument: It is none of these, under ``least``, or past 64 bits.
     """
+    if least == 0 and str(text).strip() == "0":
+        return 0
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]*)\s*", str(text))
     unit = match[2].lower() if match else None
     if match and unit == "%":
@@ -52,62 +57,24 @@ def parse_memory(text: int | str, total_bytes: int) -> int:
     else:
         value = 0.0
     if not 1 <= value <= _MAX_BYTES:
+        none = " 0," if least == 0 else ""
         raise InvalidArgument(
-            f'expert_memory "{_shown(text)}" is not an amount of memory; give "auto", a share of '
+            f'{setting} "{_shown(text)}" is not an amount of memory; give "auto",{none} a share of '
             'the experts such as "25%", a size such as "6GiB", or bytes'
         )
     return int(value)
 
 
-def parse_pinned_memory(text: int | str, total_bytes: int) -> int:
-    """Return the bytes that a setting of page-locked memory means: 0, or as `parse_memory`.
+def check_memory(text: int | str, *, setting: str = "expert_memory", least: int = 1) -> None:
+    """Check the syntax of a memory setting, before the model's size is known.
 
-    Raises:
-        InvalidArgument: It is neither.
-    """
-    if str(text).strip() == "0":
-        return 0
-    try:
-        return parse_memory(text, total_bytes)
-    except InvalidArgument:
-        raise InvalidArgument(
-            f'pinned_memory "{_shown(text)}" is not an amount of memory; give "auto", 0, a share '
-            'of the experts such as "50%", a size such as "32GiB", or bytes'
-        ) from None
-
-
-def check_memory(text: int | str) -> None:
-    """Check the syntax of ``expert_memory``, before the model's size is known.
+    Arguments as for `parse_memory`.
 
     Raises:
         InvalidArgument: It is neither "auto" nor what `parse_memory` takes.
     """
     if text != "auto":
-        parse_memory(text, _ANY_TOTAL_BYTES)
-
-
-def check_pinned_memory(text: int | str) -> None:
-    """Check the syntax of ``pinned_memory``, before the model's size is known.
-
-    Raises:
-        InvalidArgument: It is neither "auto" nor what `parse_pinned_memory` takes.
-    """
-    if text != "auto":
-        parse_pinned_memory(text, _ANY_TOTAL_BYTES)
-
-
-_ANY_TOTAL_BYTES = 1 << 40  # of a model that is not open yet
-
-
-def check_choice(setting: str, value: str, choices: Iterable[str]) -> None:
-    """Check that a setting is one of its choices.
-
-    Raises:
-        InvalidArgument: It is not; the message names them.
-    """
-    choices = tuple(choices)
-    if value not in choices:
-        raise InvalidArgument(f'{setting} "{_shown(value)}" is not one of {", ".join(choices)}')
+        parse_memory(text, _ANY_TOTAL_BYTES, setting=setting, least=least)
 
 
 def check_link_gbps(link_gbps: float) -> float:
@@ -116,30 +83,13 @@ def check_link_gbps(link_gbps: float) -> float:
     Raises:
         InvalidArgument: It is under 1e-6 and not 0, not finite or not a number.
     """
-    if isinstance(link_gbps, bool) or not isinstance(link_gbps, (int, float)):
-        raise InvalidArgument(f"link_gbps must be a number, got {_shown(link_gbps)}")
-    if link_gbps != 0 and not _LEAST_LINK_GBPS <= link_gbps < math.inf:
+    rate = real_number("link_gbps", link_gbps, 0.0)
+    if 0 < rate < _LEAST_LINK_GBPS:
         raise InvalidArgument(
-            f"link_gbps must be 0 (as fast as it goes) or at least {_LEAST_LINK_GBPS:g} (10^9 "
-            f"bytes a second), got {link_gbps}"
+            f"link_gbps is {shown(link_gbps)}; give 0 (as fast as it goes) or at least "
+            f"{_LEAST_LINK_GBPS:g}, in 10^9 bytes a second"
         )
-    return link_gbps
-
-
-def check_count(setting: str, value: int | None, *, least: int, most: int) -> None:
-    """Check that a setting is a whole number in a range.
-
-    Raises:
-        InvalidArgument: It is not.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, SupportsIndex)
-        or not least <= operator.index(value) <= most
-    ):
-        raise InvalidArgument(
-            f"{setting} must be a whole number from {least} to {most}, got {_shown(value)}"
-        )
+    return rate
 
 
 def _shown(value: object) -> str:

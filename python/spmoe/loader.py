@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 
 import torch
 
-from spmoe.devices import native_name
+from spmoe.arguments import check_model
 from spmoe.engine import Engine
 from spmoe.estimate import estimate
 from spmoe.expert_memory import free_bytes
@@ -17,10 +18,10 @@ from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.out_of_memory import out_of_memory
 from spmoe.pairing import check_pairing
-from spmoe.policies import DEFAULT, Policy, traits_of
+from spmoe.policies import DEFAULT, Policy
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.progress import Progress, Steps, silent
-from spmoe.settings import check_dtype, check_settings
+from spmoe.settings import Settings, check_dtype
 
 log = logging.getLogger("spmoe")
 
@@ -56,7 +57,9 @@ def load(
             ``max_context`` tokens, scratch and a reserve; see `spmoe.memory_plan.MemoryPlan`.
         device: Of all that computes: "host", "cuda", "cuda:<index>", or "auto": CUDA where it can
             be used.
-        pinned_memory: As for `Runtime`.
+        pinned_memory: Experts to hold in page-locked RAM, from which a CUDA device copies at full
+            speed: an amount as for ``expert_memory``, 0 for none, or "auto": all that fit in RAM,
+            none on the host.
         draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
         policy: What is prefetched: one of `spmoe.runtime.POLICIES`, or a `Policy`. Changes speed,
             never the text.
@@ -71,33 +74,46 @@ def load(
         progress: Called as things are loaded, with a description, and done of total.
 
     Raises:
-        InvalidArgument: A model without experts, a budget too small, a draft that does not fit.
+        InvalidArgument: A setting is wrong, which is found before anything is read; a model without
+            experts, a budget too small, a draft that does not fit.
         CheckpointError: A shard is missing or damaged.
         OutOfMemory: More memory is asked than is available, or a model does not fit.
         DeviceError: The CUDA device cannot be used; the message says why.
     """
-    place = check_settings(
+    settings = Settings(
         expert_memory=expert_memory,
+        device=device,
         pinned_memory=pinned_memory,
         draft_length=draft_length,
         policy=policy,
         eviction=eviction,
-        device=device,
         dtype=dtype,
+        max_context=max_context,
         link_gbps=link_gbps,
         trace_spans=trace_spans,
-        max_context=max_context,
     )
-    device = native_name(place)
+    check_model("target", target)
+    if draft is not None:
+        check_model("draft", draft)
+    return _load(target, draft, settings, progress or silent)
+
+
+def _load(
+    target: str | PathLike[str],
+    draft: str | PathLike[str] | None,
+    settings: Settings,
+    progress: Progress,
+) -> Engine:
+    place = settings.place
     free_before = free_bytes(place)
-    limited = traits_of(policy).limited_by is not None
-    measured = limited or (draft_length == "auto" and draft is not None)
-    steps = Steps(progress or silent, 2 + (draft is not None) + measured)
+    limited = settings.traits.limited_by is not None
+    measured = limited or (settings.draft_length == "auto" and draft is not None)
+    steps = Steps(progress, 2 + (draft is not None) + measured)
     with (
         steps.step("target", "loading the target without its experts"),
         out_of_memory(f"{target} without its experts", _SMALLER_TARGET),
     ):
-        loaded = load_target(target, dtype=check_dtype(dtype), device=place)
+        loaded = load_target(target, dtype=check_dtype(settings.dtype), device=place)
         tokenizer = load_tokenizer(target)
         cache_support(loaded.model)  # a model that cannot run says so before memory is filled
     drafter, note = None, "no draft model"
@@ -115,37 +131,23 @@ def load(
         loaded.model,
         drafter,
         loaded.store,
-        expert_memory=expert_memory,
+        expert_memory=settings.expert_memory,
         experts_per_token=loaded.experts_per_token,
         device=place,
         free_before=free_before,
-        max_context=max_context,
+        max_context=settings.max_context,
     )
     log.info("%s", plan.describe())
     with out_of_memory("the pass that measures the pair", _LESS_EXPERT_MEMORY), ExitStack() as undo:
         with steps.step("expert memory", f"allocating {plan.describe()}"):
             runtime = loaded.open_runtime(
-                expert_memory=plan.expert_bytes,
-                device=device,
-                link_gbps=link_gbps,
-                policy=policy,
-                eviction=eviction,
-                trace_spans=trace_spans,
-                pinned_memory=pinned_memory,
-                progress=progress,
+                replace(settings, expert_memory=plan.expert_bytes), progress=progress
             )
             undo.callback(runtime.close)
         costs = layer_map = None
         if measured:
             with steps.step("costs", "estimating costs"):
-                fingerprint = Fingerprint.of(
-                    target,
-                    draft,
-                    dtype=loaded.model.dtype,
-                    device=device,
-                    pinned_memory=pinned_memory,
-                    link_gbps=link_gbps,
-                )
+                fingerprint = Fingerprint.of(target, draft, settings, dtype=loaded.model.dtype)
                 layer_map = known_layer_map(fingerprint, loaded, drafter)
                 costs = known_costs(fingerprint, loaded.store.blob_bytes)
                 if costs is None:
@@ -155,7 +157,7 @@ def load(
             tokenizer,
             runtime,
             draft=drafter,
-            draft_length=draft_length,
+            draft_length=settings.draft_length,
             costs=costs,
             layer_map=layer_map,
             on_close=loaded.store.close,

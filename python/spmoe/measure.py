@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from os import PathLike
-from typing import Any
-
-import torch
 
 from spmoe import layer_map as layer_maps
 from spmoe import probe
+from spmoe.arguments import check_model
 from spmoe.calibration import tokenize_calibration
 from spmoe.costs import Costs
-from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.expert_memory import expert_budget, slot_bytes
 from spmoe.models.cached import CausalLM
@@ -35,7 +32,7 @@ from spmoe.profile import Fingerprint, Profile
 from spmoe.progress import Progress, silent
 from spmoe.prompts import load_prompts
 from spmoe.runtime import Runtime
-from spmoe.settings import check_dtype
+from spmoe.settings import RuntimeSettingNames, Settings, check_dtype
 
 log = logging.getLogger("spmoe")
 
@@ -50,23 +47,31 @@ _LOSS_SAMPLES = 5  # a round, of what a prefetch takes: a difference of noisy ti
 def make_profile(
     target: str | PathLike[str],
     draft: str | PathLike[str] | None,
+    settings: Settings | None = None,
     *,
-    expert_memory: int | str = "50%",
-    dtype: torch.dtype | str | None = None,
-    device: str = "auto",
-    pinned_memory: int | str = "auto",
-    link_gbps: float = 0.0,
     repeats: int = 7,
     progress: Progress | None = None,
 ) -> Profile:
     """Load a pair and measure it; a draft of another depth or width gets a layer map.
 
-    The result is not saved yet. Arguments as for `spmoe.load`; ``repeats`` as for `measure`.
+    The result is not saved yet.
+
+    Args:
+        target: As for `spmoe.load`.
+        draft: As for `spmoe.load`.
+        settings: As for `measure`; None measures in memory for half of the experts.
+        repeats: As for `measure`.
+        progress: As for `measure`.
+
+    Raises:
+        InvalidArgument: As for `spmoe.load`.
     """
-    place = resolve_device(device)
-    device = native_name(place)
-    loaded = load_target(target, dtype=check_dtype(dtype), device=place)
-    drafter = load_draft(draft, device=place) if draft is not None else None
+    check_model("target", target)
+    if draft is not None:
+        check_model("draft", draft)
+    settings = settings or Settings(expert_memory="50%")
+    loaded = load_target(target, dtype=check_dtype(settings.dtype), device=settings.place)
+    drafter = load_draft(draft, device=settings.place) if draft is not None else None
     text = load_prompts()[0].text
     tokenizer = load_tokenizer(target)
     tokens: list[int] = tokenizer(text)["input_ids"]
@@ -74,32 +79,21 @@ def make_profile(
         loaded,
         drafter,
         (tokens * _MEASURE_TOKENS)[:_MEASURE_TOKENS],
-        expert_memory=expert_memory,
+        settings,
         repeats=repeats,
-        device=device,
-        pinned_memory=pinned_memory,
-        link_gbps=link_gbps,
         progress=progress,
     )
     layer_map = None
     if drafter is not None and draft_mismatch(loaded, drafter):
-        with loaded.open_runtime(
-            expert_memory=expert_memory, device=device, pinned_memory=0
-        ) as runtime:
+        unpaced = _in_files(settings) | RuntimeSettingNames(link_gbps=0.0)
+        with loaded.open_runtime(**unpaced) as runtime:
             attach(loaded, runtime)
             documents = tokenize_calibration(tokenizer)
             try:
                 layer_map = layer_maps.fit(loaded, drafter, documents, progress=progress)
             except InvalidArgument as error:
                 log.warning("the costs are kept without a layer map: %s", error)
-    fingerprint = Fingerprint.of(
-        target,
-        draft,
-        dtype=loaded.model.dtype,
-        device=device,
-        pinned_memory=pinned_memory,
-        link_gbps=link_gbps,
-    )
+    fingerprint = Fingerprint.of(target, draft, settings, dtype=loaded.model.dtype)
     return Profile(costs, spread, fingerprint, layer_map)
 
 
@@ -107,15 +101,12 @@ def measure(
     target: TargetModel,
     draft: CausalLM | None,
     tokens: Sequence[int],
+    settings: Settings,
     *,
-    expert_memory: int | str,
     repeats: int = 7,
     rows: Sequence[int] = ROWS,
     batches: Sequence[int] = BATCHES,
-    device: str = "host",
-    pinned_memory: int | str = "auto",
     progress: Progress | None = None,
-    **options: Any,
 ) -> tuple[Costs, dict[str, float]]:
     """Measure a pair on this machine, costs taking turns, so that drift hits all alike.
 
@@ -123,43 +114,28 @@ def measure(
         target: A runtime that is closed by then is attached afterwards.
         draft: Perhaps none.
         tokens: A text, longer than the most rows.
-        expert_memory: To measure layers in, as for `Runtime`; larger is truer, since their experts
-            should be resident.
+        settings: Memory, device and link. Layers are measured in ``expert_memory``: larger is
+            truer, since their experts should be resident. Only what the link is measured with is in
+            page-locked memory: experts from where they will come from, in part if only a part will.
         repeats: Rounds in which each cost is sampled; what a prefetch takes five times.
         rows: Of a verification, at least one count.
         batches: Experts that a layer demands at once.
-        device: As for `Runtime`.
-        pinned_memory: As for `Runtime`. Only what the link is measured with is held so: experts
-            from where they will come from, in part if only a part will.
         progress: Called after each round, with a description, and done of total.
-        **options: Of `Runtime`: pacing.
 
     Returns:
         The costs, and the spread of each.
     """
     report = progress or silent
     with ExitStack() as pools:
-        budget = pinned_budget(pinned_memory, target.store.total_bytes, resolve_device(device))
-        share = budget / target.store.total_bytes
         toured = max(batches) * target.store.layer_count * target.store.blob_bytes
-        small = pools.enter_context(
-            _small_pool(
-                target,
-                expert_memory,
-                device=device,
-                pinned_memory=int(min(share, 1.0) * min(toured, target.store.total_bytes)),
-                **options,
-            )
-        )
+        small = pools.enter_context(_small_pool(target, settings, toured))
         samplers: dict[tuple[str, int], Iterator[float]] = {}
         work: Callable[[], object] = probe.head_reader(target.model)
         if draft is not None:
             samplers["draft_s", 0] = probe.draft_steps(draft, tokens)
             samplers["draft_token_s", 0] = probe.draft_tokens(draft, tokens)
             work = partial(next, probe.draft_steps(draft, tokens))
-        runtime = target.open_runtime(
-            expert_memory=expert_memory, device=device, pinned_memory=0, **options
-        )
+        runtime = target.open_runtime(**_in_files(settings))
         attach(target, pools.enter_context(runtime))
         for at in rows:
             samplers["layer_s", at] = probe.target_layers(target, runtime, tokens, at)
@@ -195,13 +171,35 @@ def measure(
     return costs, spread
 
 
-def _small_pool(target: TargetModel, expert_memory: int | str, **options: Any) -> Runtime:
-    """Return a runtime to measure the link with: larger than a batch, smaller than the budget."""
+def _in_files(settings: Settings) -> RuntimeSettingNames:
+    """Return the settings of a runtime to compute with, whose experts stay in their files."""
+    return RuntimeSettingNames(
+        expert_memory=settings.expert_memory,
+        device=settings.device,
+        link_gbps=settings.link_gbps,
+        pinned_memory=0,
+    )
+
+
+def _small_pool(target: TargetModel, settings: Settings, toured_bytes: int) -> Runtime:
+    """Return a runtime to measure the link with: larger than a batch, smaller than the budget.
+
+    As much of ``toured_bytes`` is page-locked as would be of all experts.
+    """
     store = target.store
     slots = min(_LINK_SLOTS, store.layer_count * store.expert_count // 2)
     wanted = slot_bytes(store, max(slots, target.experts_per_token))
-    given = expert_budget(expert_memory, store, resolve_device(str(options["device"])))
-    return target.open_runtime(expert_memory=min(wanted, given), policy=PROBE, **options)
+    given = expert_budget(settings.expert_memory, store, settings.place)
+    budget = pinned_budget(settings.pinned_memory, store.total_bytes, settings.place)
+    share = min(budget / store.total_bytes, 1.0)
+    return target.open_runtime(
+        **_in_files(settings)
+        | RuntimeSettingNames(
+            expert_memory=min(wanted, given),
+            pinned_memory=int(share * min(toured_bytes, store.total_bytes)),
+            policy=PROBE,
+        )
+    )
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from spmoe.config import format_bytes, parse_pinned_memory
+from spmoe.config import format_bytes, parse_memory
 from spmoe.errors import OutOfMemory
 from spmoe.machine import read_memory
 
+_NAME = "pinned_memory"  # of the setting
 _PINNED_SHARE = 0.8  # of the memory that is available: the system and others need some
 
 
-def pinned_budget(pinned_memory: int | str, total_bytes: int, device: torch.device) -> int:
+def pinned_budget(asked: int | str, total_bytes: int, device: torch.device) -> int:
     """Return how many bytes of experts may be held in page-locked memory.
 
     Args:
-        pinned_memory: As for `Runtime`.
+        asked: As `Settings` has it.
         total_bytes: All experts of the model.
         device: That copies from it.
 
@@ -23,15 +24,15 @@ def pinned_budget(pinned_memory: int | str, total_bytes: int, device: torch.devi
         InvalidArgument: It is no amount of memory.
         OutOfMemory: More is asked than is available now; the message has both numbers.
     """
-    if pinned_memory == "auto" and device.type == "cpu":
+    if asked == "auto" and device.type == "cpu":
         return 0
     usable = read_memory().usable_bytes
-    if pinned_memory != "auto":
-        asked = min(parse_pinned_memory(pinned_memory, total_bytes), total_bytes)
-        if usable is not None and asked > usable:
-            raise OutOfMemory(
-                f"pinned_memory of {format_bytes(asked)} asked, but {format_bytes(usable)} of RAM "
-                'are available; lower pinned_memory, or give "auto": what fits'
-            )
-        return asked
-    return total_bytes if usable is None else min(total_bytes, int(usable * _PINNED_SHARE))
+    if asked == "auto":
+        return total_bytes if usable is None else min(total_bytes, int(usable * _PINNED_SHARE))
+    wanted = min(parse_memory(asked, total_bytes, setting=_NAME, least=0), total_bytes)
+    if usable is not None and wanted > usable:
+        raise OutOfMemory(
+            f"{_NAME} of {format_bytes(wanted)} asked, but {format_bytes(usable)} of RAM "
+            f'are available; lower {_NAME}, or give "auto": what fits'
+        )
+    return wanted

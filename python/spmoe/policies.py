@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spmoe import _core
-from spmoe.config import check_choice
+from spmoe.arguments import choice
 from spmoe.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ class Policy(ABC):
         Raises:
             InvalidArgument: ``eviction`` or ``reads`` is none of its values.
         """
-        check_choice("Policy.eviction", self.eviction, ("auto", *EVICTIONS))
+        choice("Policy.eviction", self.eviction, ("auto", *EVICTIONS))
         for source in self.reads:
-            check_choice("Policy.reads", source, SOURCES)
+            choice("Policy.reads", source, SOURCES)
         eviction = _ROWS[BASELINE].eviction if self.eviction == "auto" else self.eviction
         name = self.name or type(self).__name__
         return Traits(name, eviction, eviction, reads=tuple(self.reads))
@@ -145,7 +145,7 @@ def traits_of(policy: str | Policy | Traits) -> Traits:
         raise InvalidArgument(
             f"policy is the class {policy.__name__}; give an instance, {policy.__name__}()"
         )
-    check_choice("policy", policy, POLICIES)
+    choice("policy", policy, POLICIES)
     return _ROWS[policy]
 
 
@@ -157,7 +157,7 @@ def eviction_of(traits: Traits, eviction: str | None) -> str:
     """
     if eviction is None:
         return traits.default_eviction
-    check_choice("eviction", eviction, ("auto", *EVICTIONS))
+    choice("eviction", eviction, ("auto", *EVICTIONS))
     return traits.eviction if eviction == "auto" else eviction
 
 

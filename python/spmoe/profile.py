@@ -22,6 +22,7 @@ from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
 from spmoe.metrics import cpu_model
 from spmoe.models.checkpoint import find_checkpoint
+from spmoe.settings import Settings
 from spmoe.states import HasMoeLayers
 from spmoe.whole_file import write_whole
 
@@ -54,19 +55,17 @@ class Fingerprint:
         cls,
         target: str | PathLike[str],
         draft: str | PathLike[str] | None,
+        settings: Settings,
         *,
         dtype: torch.dtype,
-        device: str,
-        link_gbps: float,
-        pinned_memory: int | str = "auto",
     ) -> Self:
-        """Return the fingerprint of a pair, on this machine, with these settings."""
+        """Return the fingerprint of a pair whose target has a dtype, with these settings here."""
         models = [_describe(model) for model in (target, draft) if model is not None]
         return cls(
             pair=hashlib.sha256(json.dumps(models).encode()).hexdigest()[:16],
             machine={
                 "cpu": cpu_model(),
-                "device": device_model(device),
+                "device": device_model(settings.device),
                 "cores": len(os.sched_getaffinity(0)),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
@@ -74,9 +73,9 @@ class Fingerprint:
             },
             settings={
                 "dtype": str(dtype),
-                "device": device,
-                "pinned_memory": pinned_memory,
-                "link_gbps": link_gbps,
+                "device": settings.device,
+                "pinned_memory": settings.pinned_memory,
+                "link_gbps": settings.link_gbps,
             },
         )
 

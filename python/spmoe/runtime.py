@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from spmoe import _core
 from spmoe.arguments import choice, real_number, shown, whole_number
 from spmoe.closeable import Closeable, close_at_exit, working
 from spmoe.config import MAX_ROWS, format_bytes
-from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.expert_memory import expert_budget
 from spmoe.pinned import pinned_budget
@@ -27,9 +27,9 @@ from spmoe.policies import (
     Policy,
     Source,
     eviction_of,
-    traits_of,
 )
 from spmoe.progress import Progress, silent
+from spmoe.settings import RuntimeSettingNames, Settings
 
 __all__ = ["EVICTIONS", "POLICIES", "Runtime"]
 
@@ -42,6 +42,7 @@ _DTYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+_BY_DEFAULT = RuntimeSettingNames(device="host", policy=BASELINE, eviction=None)
 _INDEX_DTYPES = frozenset(
     {
         *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -51,8 +52,6 @@ _INDEX_DTYPES = frozenset(
 
 # Bounds that no machine reaches and that the native types hold.
 _MOST_BYTES = (1 << 63) - 1
-_MOST_THREADS = 1024
-MOST_SPANS = 1 << 24
 _MOST_COUNT = (1 << 32) - 1
 
 
@@ -69,26 +68,16 @@ class Runtime(Closeable):
 
     Args:
         store: The model's experts; see `spmoe.open_store`.
-        expert_memory: Memory for experts: "25%" of all, "6GiB", bytes, or "auto": what is free on
-            the device, less a reserve of 1 GiB or an eighth. Never more than all experts need.
         experts_per_token: The model's top-k.
         activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         alpha: Sigmoid factor of "clamped_swiglu".
         limit: Clamp of "clamped_swiglu".
-        device: "host", "cuda", "cuda:<index>", or "auto": CUDA where it can be used.
-        pinned_memory: Experts to hold in page-locked RAM, from which a CUDA device copies at full
-            speed: an amount as for ``expert_memory``, 0 for none, or "auto": all that fit in RAM,
-            none on the host. The others stay in the checkpoint's files.
-        compute_threads: Threads of the expert kernels, up to 1024; 0 means one a core.
-        copy_threads: Threads that read from the store, 1 to 1024.
-        link_gbps: Paces the link to so many 10^9 bytes a second, at least 1e-6; 0 means as fast as
-            it goes.
-        policy: What is prefetched: one of `POLICIES`, or a `spmoe.Policy`.
-        eviction: What leaves for it: one of `EVICTIONS`, or "auto", the one that the policy's
-            source uses. None is the one of least traffic for the policy: see
-            `spmoe.policies.Traits` and bench/results/evictions-8x.md.
-        trace_spans: The latest spans of time to keep for `spans`; 0 means none.
+        settings: Of memory, device, link and policy. None: those of `Settings`, but on the host, on
+            demand, and with the eviction of least traffic; see bench/results/evictions-8x.md.
         progress: Called as page-locked memory is filled, with a description, and done of total.
+        **changes: Settings in place of these, by name: ``expert_memory`` (for "auto": what is free
+            on the device, less a reserve of 1 GiB or an eighth; never more than all experts need),
+            ``device``, ``policy``, ``eviction``, ``link_gbps`` and others of `Settings`.
 
     Raises:
         InvalidArgument: A setting is wrong, or the budget is under one wave (the experts that one
@@ -103,67 +92,58 @@ class Runtime(Closeable):
         self,
         store: _core.ExpertStore,
         *,
-        expert_memory: int | str,
         experts_per_token: int,
         activation: str = "silu",
         alpha: float = 1.702,
         limit: float = 7.0,
-        device: str = "host",
-        compute_threads: int = 0,
-        copy_threads: int = 2,
-        link_gbps: float = 0.0,
-        policy: str | Policy = BASELINE,
-        eviction: str | None = None,
-        trace_spans: int = 0,
-        pinned_memory: int | str = "auto",
+        settings: Settings | None = None,
         progress: Progress | None = None,
+        **changes: Unpack[RuntimeSettingNames],
     ) -> None:
         if not isinstance(store, _core.ExpertStore):
             raise InvalidArgument(f"store is {shown(store)}; give what spmoe.open_store returned")
         if progress is not None and not callable(progress):
             raise InvalidArgument(f"progress is {shown(progress)}; give a function, or None")
-        traits = traits_of(policy)
-        custom = policy if isinstance(policy, Policy) else None
-        options: dict[str, Any] = {
-            "experts_per_token": whole_number(
-                "experts_per_token", experts_per_token, 1, store.expert_count
-            ),
-            "activation": choice("activation", activation, _ACTIVATIONS),
-            "alpha": real_number("alpha", alpha),
-            "limit": real_number("limit", limit),
-            "compute_threads": whole_number("compute_threads", compute_threads, 0, _MOST_THREADS),
-            "copy_threads": whole_number("copy_threads", copy_threads, 1, _MOST_THREADS),
-            "link_gbps": real_number("link_gbps", link_gbps),
-            "policy": traits.name if custom is None else BASELINE,
-            "eviction": eviction_of(traits, eviction),
-            "trace_spans": whole_number("trace_spans", trace_spans, 0, MOST_SPANS),
-        }
+        if unknown := changes.keys() - RuntimeSettingNames.__annotations__.keys():
+            raise TypeError(f"Runtime() got an unexpected keyword argument {min(unknown)!r}")
+        if settings is None:
+            settings = Settings(**_BY_DEFAULT | changes)
+        else:
+            settings = replace(settings, **changes)
+        top_k = whole_number("experts_per_token", experts_per_token, 1, store.expert_count)
+        custom = settings.policy if isinstance(settings.policy, Policy) else None
         self.store = store
-        self.policy = traits.name
-        self.traits = traits
+        self.settings = settings
+        self.traits = settings.traits
+        self.policy = self.traits.name
         self._custom = custom  # until it fails
         self._planning = threading.RLock()  # a plan may call `predict`
-        self.trace_spans = trace_spans
-        self.device = resolve_device(device)
-        granted = expert_budget(
-            expert_memory,
-            store,
-            self.device,
-            experts_per_token=options["experts_per_token"],
-        )
+        self.trace_spans = settings.trace_spans
+        self.device = settings.place
+        granted = expert_budget(settings.expert_memory, store, self.device, experts_per_token=top_k)
         self.expert_memory_bytes = min(granted, store.total_bytes)
-        budget = pinned_budget(pinned_memory, store.total_bytes, self.device)
+        pinned_bytes = pinned_budget(settings.pinned_memory, store.total_bytes, self.device)
         self._native = _core.Runtime(
             store,
             granted,
-            device=native_name(self.device),
-            pinned_memory_bytes=budget,
+            experts_per_token=top_k,
+            activation=choice("activation", activation, _ACTIVATIONS),
+            alpha=real_number("alpha", alpha),
+            limit=real_number("limit", limit),
+            compute_threads=settings.compute_threads,
+            copy_threads=settings.copy_threads,
+            link_gbps=settings.link_gbps,
+            policy=BASELINE if custom is not None else self.policy,
+            eviction=eviction_of(self.traits, settings.eviction),
+            trace_spans=settings.trace_spans,
+            device=settings.device,
+            pinned_memory_bytes=pinned_bytes,
             pinned_progress=_in_megabytes(progress or silent),
-            **options,
         )
         close_at_exit(self)
         if self.device.type != "cpu":
-            self._warn_of_unpinned(store.total_bytes if pinned_memory == "auto" else budget)
+            everything = settings.pinned_memory == "auto"
+            self._warn_of_unpinned(store.total_bytes if everything else pinned_bytes)
 
     def _warn_of_unpinned(self, wanted: int) -> None:
         """Say once that not all experts are in page-locked memory that were meant to be."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -18,9 +18,10 @@ from spmoe.loader import load
 from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.models.text import Prompt
-from spmoe.policies import DEFAULT
 from spmoe.progress import Progress, silent
+from spmoe.settings import SettingNames
 
+_DRAFT_LENGTH = 4  # unless another is given: "auto" might draft nothing, and prove nothing of it
 _LIKELIEST = 8  # scores kept of each row: a token further down is no near tie
 # Steps of the dtype by which passes of other shapes may round differently, at the logits. Errors
 # add up over a model's operations; float32 was seen 1e-4 off at recurrent layers.
@@ -111,14 +112,8 @@ def verify(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 64,
-    draft_length: int | str = 4,
-    expert_memory: int | str = "auto",
-    policy: str = DEFAULT,
-    eviction: str = "auto",
-    dtype: torch.dtype | str | None = None,
-    device: str = "auto",
-    pinned_memory: int | str = "auto",
     progress: Progress | None = None,
+    **settings: Unpack[SettingNames],
 ) -> Verification:
     """Decode each prompt three ways and compare the tokens.
 
@@ -131,15 +126,10 @@ def verify(
         draft: As for `load`; None leaves the third run out.
         prompts: What to decode.
         max_new_tokens: Of each prompt; an end-of-text token ends a text sooner.
-        draft_length: Tokens drafted an iteration.
-        expert_memory: As for `load`.
-        policy: As for `load`.
-        eviction: As for `load`.
-        dtype: As for `load`.
-        device: As for `load`; the plain model runs on the host.
-        pinned_memory: As for `load`.
         progress: Called as things are loaded and after each text, with a description, and done of
             total.
+        **settings: As for `load`, but ``draft_length`` is 4 unless given. The plain model runs on
+            the host whatever the ``device``.
 
     Raises:
         InvalidArgument: There is no prompt, so that nothing would be proved, or the target's
@@ -154,22 +144,11 @@ def verify(
     total = len(prompts) * (3 if draft is not None else 2)
     done = itertools.count(1)
 
-    length = check_draft_length(draft_length)
-    with load(
-        target,
-        draft,
-        expert_memory=expert_memory,
-        draft_length=length,
-        policy=policy,
-        eviction=eviction,
-        dtype=dtype,
-        device=device,
-        pinned_memory=pinned_memory,
-        progress=progress,
-    ) as engine:
-        if settings := engine.not_applied:
+    length = check_draft_length(settings.setdefault("draft_length", _DRAFT_LENGTH))
+    with load(target, draft, progress=progress, **settings) as engine:
+        if ignored := engine.not_applied:
             raise InvalidArgument(
-                f"generation_config.json of the target asks for {', '.join(settings)}, which spmoe "
+                f"generation_config.json of the target asks for {', '.join(ignored)}, which spmoe "
                 "does not apply, so its texts are not those of generate; remove it to verify"
             )
         encoded = [engine.encode(prompt) for prompt in prompts]

@@ -9,7 +9,7 @@ import torch
 
 import spmoe
 from spmoe import devices
-from spmoe.config import parse_pinned_memory
+from spmoe.config import parse_memory
 
 
 @pytest.fixture
@@ -116,10 +116,10 @@ def test_a_torch_without_cuda_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
     ("text", "expected"), [(0, 0), ("0", 0), ("50%", 500), ("100", 100), ("1KiB", 1024)]
 )
 def test_pinned_memory_is_nothing_or_an_amount(text: int | str, expected: int) -> None:
-    assert parse_pinned_memory(text, 1000) == expected
+    assert parse_memory(text, 1000, setting="pinned_memory", least=0) == expected
 
 
 @pytest.mark.parametrize("text", ["much", "-1", ""])
 def test_pinned_memory_that_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(spmoe.InvalidArgument, match='give "auto", 0, a share'):
-        parse_pinned_memory(text, 1000)
+        parse_memory(text, 1000, setting="pinned_memory", least=0)

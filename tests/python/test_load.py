@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 
 import spmoe
 from spmoe import loader
+from spmoe.measure import make_profile
+from spmoe.settings import SettingNames, Settings
 
 
 def test_every_step_of_loading_is_reported_and_timed(target_path: Path) -> None:
@@ -42,22 +46,23 @@ def test_every_step_of_loading_is_reported_and_timed(target_path: Path) -> None:
         ({"pinned_memory": 2**64}, r"pinned_memory .* is not an amount"),
         ({"draft_length": 32}, r"draft_length must be .* to 31, got 32"),
         ({"draft_length": "9" * 9999}, r"draft_length must be .* \(9999 characters\)"),
-        ({"policy": "bogus"}, r'policy "bogus" is not one of .*on-demand.*horizon'),
-        ({"policy": None}, r'policy "None" is not one of'),
-        ({"eviction": "bogus"}, r'eviction "bogus" is not one of auto, .*lru'),
+        ({"policy": "bogus"}, r"policy is 'bogus' \(str\); use one of on-demand.*horizon"),
+        ({"policy": None}, r"policy is None .* use one of"),
+        ({"policy": ["horizon"]}, r"policy is \['horizon'\] \(list\); use one of"),
+        ({"eviction": "bogus"}, r"eviction is 'bogus' \(str\); use one of auto, .*lru"),
         ({"device": "tpu"}, r'device "tpu" is not one of auto, host'),
         ({"dtype": "float8"}, r'dtype "float8" is not float32, bfloat16 or float16'),
         ({"dtype": torch.int8}, r'dtype "torch.int8" is not'),
-        ({"link_gbps": -1.0}, r"link_gbps must be 0 .* got -1.0"),
-        ({"link_gbps": float("inf")}, r"link_gbps must be 0 .* got inf"),
-        ({"link_gbps": float("nan")}, r"link_gbps must be 0 .* got nan"),
-        ({"link_gbps": 9e-7}, r"link_gbps must be 0 .* at least 1e-06 .* got 9e-07"),
-        ({"link_gbps": "1"}, r"link_gbps must be a number, got 1"),
-        ({"trace_spans": -1}, r"trace_spans must be a whole number from 0 .* got -1"),
-        ({"trace_spans": 2**25}, r"trace_spans must be a whole number"),
-        ({"trace_spans": 1.5}, r"trace_spans must be a whole number .* got 1.5"),
-        ({"max_context": 0}, r"max_context must be a whole number from 1 .* got 0"),
-        ({"max_context": "4096"}, r"max_context must be a whole number"),
+        ({"link_gbps": -1.0}, r"link_gbps is -1.0 .* give a finite number of at least 0"),
+        ({"link_gbps": float("inf")}, r"link_gbps is inf .* give a finite number"),
+        ({"link_gbps": float("nan")}, r"link_gbps is nan .* give a finite number"),
+        ({"link_gbps": 9e-7}, r"link_gbps is 9e-07 .* give 0 .* at least 1e-06"),
+        ({"link_gbps": "1"}, r"link_gbps is '1' \(str\); give a finite number"),
+        ({"trace_spans": -1}, r"trace_spans is -1 \(int\); give an integer from 0 to"),
+        ({"trace_spans": 2**25}, r"trace_spans is 33554432 \(int\); give an integer from 0 to"),
+        ({"trace_spans": 1.5}, r"trace_spans is 1.5 \(float\); give an integer"),
+        ({"max_context": 0}, r"max_context is 0 \(int\); give an integer from 1 to"),
+        ({"max_context": "4096"}, r"max_context is '4096' \(str\); give an integer"),
     ],
 )
 def test_every_setting_is_checked_before_a_model_is_read(
@@ -69,6 +74,37 @@ def test_every_setting_is_checked_before_a_model_is_read(
     ):
         with pytest.raises(spmoe.InvalidArgument, match=message):
             call()
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"model", ["model"], True])
+def test_what_names_no_model_is_refused_before_a_model_is_read(tmp_path: Path, wrong: Any) -> None:
+    calls = [
+        ("target", lambda: spmoe.load(wrong)),
+        ("target", lambda: spmoe.verify(wrong, None, ["Hi"])),
+        ("target", lambda: make_profile(wrong, None)),
+    ]
+    if wrong is not None:
+        calls.append(("draft", lambda: spmoe.load(tmp_path / "absent", wrong)))
+    for name, call in calls:
+        message = rf"{name} is .*{type(wrong).__name__}\); give a model's directory or its hub id"
+        with pytest.raises(spmoe.InvalidArgument, match=message):
+            call()
+
+
+def test_settings_can_be_copied_but_not_changed() -> None:
+    settings = Settings(device="auto", link_gbps=1.5)
+    assert settings.device in ("host", "cuda:0")
+    assert replace(settings, link_gbps=2.0) == Settings(device=settings.device, link_gbps=2.0)
+    with pytest.raises(FrozenInstanceError):
+        settings.link_gbps = 2.0
+    with pytest.raises(spmoe.InvalidArgument, match="link_gbps is -1"):
+        replace(settings, link_gbps=-1)
+
+
+def test_every_setting_has_its_name_for_those_who_pass_them_on() -> None:
+    assert {field.name for field in fields(Settings)} == SettingNames.__annotations__.keys()
+    settings_of_load = set(signature(spmoe.load).parameters) - {"target", "draft", "progress"}
+    assert settings_of_load <= SettingNames.__annotations__.keys()
 
 
 @pytest.mark.parametrize(

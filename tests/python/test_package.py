@@ -102,6 +102,11 @@ def test_a_type_checker_finds_a_misspelt_argument(tmp_path: Path) -> None:
         "engine.generate('text', max_new_tokens=3, stop=None, raw=True, draft_length='auto')\n"
         "engine.generate('text', max_new_token=3)\n"
         "engine.stream('text', max_new_token=3)\n"
+        "spmoe.load('model', expert_memory='25%', expert_memry=1)\n"
+        "spmoe.verify('model', None, [], expert_memory=1, expert_memry=1)\n"
+        "target, store = engine.target, engine.runtime.store\n"
+        "spmoe.Runtime(store, experts_per_token=2, expert_memory=1, expert_memry=1)\n"
+        "target.open_runtime(expert_memory=1, expert_memry=1)\n"
     )
     options = tmp_path / "mypy.ini"  # reading torch takes a minute, and says nothing here
     options.write_text("[mypy-torch.*,transformers.*]\nfollow_imports = skip\n")
@@ -114,6 +119,7 @@ def test_a_type_checker_finds_a_misspelt_argument(tmp_path: Path) -> None:
         text=True,
         check=False,
     ).stdout
-    wrong = re.findall(f"^{file}:([0-9]+): error: .*max_new_token", found, re.MULTILINE)
-    assert wrong == ["4", "5"], found
-    assert len(re.findall(f"^{file}:[0-9]+: error:", found, re.MULTILINE)) == 2, found
+    pattern = f"^{file}:([0-9]+): error: .*(?:max_new_token|expert_memry)"
+    wrong = re.findall(pattern, found, re.MULTILINE)
+    assert wrong == ["4", "5", "6", "7", "9", "10"], found
+    assert len(re.findall(f"^{file}:[0-9]+: error:", found, re.MULTILINE)) == len(wrong), found

@@ -237,7 +237,7 @@ class TestAPolicyInPython:
         for name, wrong in (("eviction", "newest"), ("reads", ("oracle",))):
             policy = Recorder()
             setattr(policy, name, wrong)
-            with pytest.raises(spmoe.InvalidArgument, match=rf"Policy\.{name} .*is not one of"):
+            with pytest.raises(spmoe.InvalidArgument, match=rf"Policy\.{name} is .*use one of"):
                 open_runtime(store, policy)
         with pytest.raises(TypeError, match="plan"):
             Policy()  # type: ignore[abstract]

@@ -17,6 +17,7 @@ from spmoe.errors import InvalidArgument
 from spmoe.measure import make_profile
 from spmoe.models.loading import load_target
 from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
+from spmoe.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +32,8 @@ def made(target_path: Path) -> Profile:
 
 
 def fingerprint(target: Path, draft: Path | None, **changed: object) -> Fingerprint:
-    settings = {"dtype": torch.float32, "device": "host", "link_gbps": 0.0} | changed
-    return Fingerprint.of(target, draft, **settings)
+    dtype = changed.pop("dtype", torch.float32)
+    return Fingerprint.of(target, draft, Settings(**{"device": "host"} | changed), dtype=dtype)
 
 
 def test_every_cost_of_the_latency_model_is_measured(made: Profile) -> None:
@@ -48,7 +49,9 @@ def test_every_cost_of_the_latency_model_is_measured(made: Profile) -> None:
 
 def test_a_paced_link_is_measured_as_slow_as_it_is(target_path: Path) -> None:
     gbps = 0.05
-    paced = make_profile(target_path, None, repeats=2, link_gbps=gbps).costs
+    paced = make_profile(
+        target_path, None, Settings(expert_memory="50%", link_gbps=gbps), repeats=2
+    ).costs
     assert paced.draft_s == 0
     assert paced.copy_s[8] >= 8 * paced.expert_bytes / (gbps * 1e9) * 0.95
 

@@ -21,6 +21,7 @@ from spmoe.layer_map import LayerMap
 from spmoe.models.loading import load_draft, load_target
 from spmoe.planner import Planner, Shape
 from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
+from spmoe.settings import Settings
 
 SEEDS = range(300)
 COSTS = Costs(
@@ -45,9 +46,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def kept(target_path: Path) -> Profile:
-    fingerprint = Fingerprint.of(
-        target_path, None, dtype=torch.float32, device="host", link_gbps=0.0
-    )
+    fingerprint = Fingerprint.of(target_path, None, Settings(device="host"), dtype=torch.float32)
     profile = Profile(COSTS, {"draft_s": 0.1}, fingerprint)
     profile.save()
     return profile
@@ -194,9 +193,8 @@ def test_a_full_disk_leaves_nothing_and_names_the_cure(
 
 @pytest.fixture(scope="module")
 def pair(target_path: Path, draft_path: Path) -> tuple[Any, Any, Fingerprint]:
-    fingerprint = Fingerprint.of(
-        target_path, draft_path, dtype=torch.float32, device="host", link_gbps=0.0
-    )
+    settings = Settings(device="host")
+    fingerprint = Fingerprint.of(target_path, draft_path, settings, dtype=torch.float32)
     return load_target(target_path), load_draft(draft_path), fingerprint
 
 

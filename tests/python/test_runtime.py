@@ -79,6 +79,12 @@ def test_a_wrong_setting_is_refused_by_its_name(
             open_runtime(store, **{option: value})
 
 
+@pytest.mark.parametrize("name", ["draft_length", "dtype", "max_context", "polcy"])
+def test_what_is_no_setting_of_a_runtime_is_refused(store: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        open_runtime(store, **{name: 1})
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -99,9 +105,9 @@ def test_the_default_eviction_is_the_best_one_only_where_no_baseline_is_asked_fo
 
 
 def test_the_default_eviction_moves_less_than_lru_where_passes_repeat(store: Any) -> None:
-    def bytes_moved(eviction: str | None) -> int:
+    def bytes_moved(**eviction: str) -> int:
         generator = torch.Generator().manual_seed(3)
-        with open_runtime(store, expert_memory="50%", eviction=eviction) as runtime:
+        with open_runtime(store, expert_memory="50%", **eviction) as runtime:
             for _ in range(20):
                 for layer in range(store.layer_count):
                     # Experts 0 to 2 as a rule, any others at times: plain decoding.
@@ -111,7 +117,7 @@ def test_the_default_eviction_moves_less_than_lru_where_passes_repeat(store: Any
                 runtime.end_iteration()
             return int(runtime.stats()["link_bytes"])
 
-    assert bytes_moved(None) < 0.8 * bytes_moved("lru")
+    assert bytes_moved() < 0.8 * bytes_moved(eviction="lru")
 
 
 def test_a_baseline_of_load_keeps_its_published_eviction(target_path: Path) -> None:

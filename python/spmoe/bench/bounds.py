@@ -38,10 +38,10 @@ def touch_all(runtime: Runtime) -> None:
     runtime.end_iteration()  # all of them are there
 
 
-def link_peak_gbps(models: Models, link_gbps: float) -> float:
+def link_peak_gbps(models: Models) -> float:
     """Return what the link moves at best, nothing computed beside, 10^9 bytes a second."""
     cell = Cell(PROBE, "auto", "25%", 0)
-    with open_engine(models, cell, link_gbps=link_gbps) as engine:
+    with open_engine(models, cell, paced=True) as engine:
         rates = probe.rates(engine.runtime, models.target.experts_per_token)
         next(rates)  # slots are touched
         return max(itertools.islice(rates, _PEAK_SAMPLES))

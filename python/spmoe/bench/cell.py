@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 import torch
 
 from spmoe.costs import Costs
-from spmoe.devices import native_name, resolve_device
 from spmoe.engine import Engine
 from spmoe.estimate import estimate
 from spmoe.layer_map import LayerMap
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.policies import PROBE
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
+from spmoe.settings import Settings, check_dtype
 
 _COUNTERS = (
     *("hits", "late", "misses", "link_bytes", "link_busy_s", "stall_s", "compute_s"),
@@ -72,44 +72,43 @@ class Models:
     draft: Any
     costs: Costs
     layer_map: LayerMap | None
-    device: str
+    settings: Settings
 
 
 def load_models(
     target: str | PathLike[str],
     draft: str | PathLike[str] | None,
-    *,
-    dtype: torch.dtype | None,
-    link_gbps: float,
-    device: str = "auto",
+    settings: Settings,
 ) -> Models:
-    """Load a pair. Its costs are those that `spmoe profile` kept, or else are estimated."""
-    place = resolve_device(device)
-    device = native_name(place)
-    loaded = load_target(target, dtype=dtype, device=place)
-    drafter = load_draft(draft, device=place) if draft is not None else None
-    fingerprint = Fingerprint.of(
-        target, draft, dtype=loaded.model.dtype, device=device, link_gbps=link_gbps
-    )
+    """Load a pair. Its costs are those that `spmoe profile` kept, or else are estimated.
+
+    Args:
+        target: As for `spmoe.load`.
+        draft: As for `spmoe.load`.
+        settings: Of all cells; what a `Cell` has is of no account.
+    """
+    loaded = load_target(target, dtype=check_dtype(settings.dtype), device=settings.place)
+    drafter = load_draft(draft, device=settings.place) if draft is not None else None
+    fingerprint = Fingerprint.of(target, draft, settings, dtype=loaded.model.dtype)
     costs = known_costs(fingerprint)
     if costs is None:
-        with loaded.open_runtime(
-            expert_memory="50%", policy=PROBE, link_gbps=link_gbps, device=device
-        ) as runtime:
+        with loaded.open_runtime(replace(settings, expert_memory="50%", policy=PROBE)) as runtime:
             costs = estimate(loaded, drafter, runtime)
     layer_map = known_layer_map(fingerprint)
-    return Models(loaded, load_tokenizer(target), drafter, costs, layer_map, device)
+    return Models(loaded, load_tokenizer(target), drafter, costs, layer_map, settings)
 
 
-def open_engine(models: Models, cell: Cell, *, link_gbps: float = 0.0) -> Engine:
-    """Return an engine for a cell, with a cold cache."""
+def open_engine(models: Models, cell: Cell, *, paced: bool = False) -> Engine:
+    """Return an engine for a cell, with a cold cache; ``paced`` as the settings are, or not."""
     target = models.target
     runtime = target.open_runtime(
-        expert_memory=cell.expert_memory,
-        device=models.device,
-        link_gbps=link_gbps,
-        policy=cell.policy,
-        eviction=cell.eviction,
+        replace(
+            models.settings,
+            expert_memory=cell.expert_memory,
+            policy=cell.policy,
+            eviction=cell.eviction,
+            link_gbps=models.settings.link_gbps if paced else 0.0,
+        )
     )
     draft = models.draft if cell.draft_length != 0 else None
     return Engine(

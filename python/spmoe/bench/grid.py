@@ -31,7 +31,7 @@ from spmoe.models.reference import generate_alone
 from spmoe.policies import BASELINE, POLICIES, traits_of
 from spmoe.progress import Progress, silent
 from spmoe.prompts import Prompt
-from spmoe.settings import check_dtype
+from spmoe.settings import Settings
 
 
 def bench(
@@ -79,6 +79,7 @@ def bench(
             f"degrade_prediction must be in [0, 1] and repeats at least 1, got "
             f"{degrade_prediction} and {repeats}"
         )
+    settings = Settings(dtype=dtype, link_gbps=link_gbps, device=device)
     report = progress or silent
     grid = itertools.product(policies, evictions, expert_memory, draft_lengths)
     # A policy that replays needs a run's routing, and with "auto" no run is like another.
@@ -87,9 +88,7 @@ def bench(
         for cell in itertools.starmap(Cell, grid)
         if not (traits_of(cell.policy).replays and cell.draft_length == "auto")
     ]
-    models = load_models(
-        target, draft, dtype=check_dtype(dtype), link_gbps=link_gbps, device=device
-    )
+    models = load_models(target, draft, settings)
     chosen = models.target.model.dtype
     runs = len(prompts) * (1 + repeats * (len(draft_lengths) + len(cells)))
     done = itertools.count(1)
@@ -113,7 +112,7 @@ def bench(
                 replays = traits_of(cell.policy).replays
                 if replays and key not in routings:
                     routings[key] = record_routing(models, key[0], tokens, max_new_tokens)
-                with open_engine(models, cell, link_gbps=link_gbps) as engine:
+                with open_engine(models, cell, paced=True) as engine:
                     if replays:
                         engine.runtime.replay_routing(routings[key])
                     if degrade_prediction:
@@ -122,7 +121,7 @@ def bench(
                 own = alone[number]  # which an end-of-text token may end; cells go on
                 tallies[cell].identical &= text[: len(own)] == own[: len(text)]
                 tell(f"{cell.policy}, {cell.expert_memory}, draft length {cell.draft_length}")
-    peak = link_peak_gbps(models, link_gbps)
+    peak = link_peak_gbps(models)
     rows = [
         to_row(cell, tallies[cell], peak_gbps=peak, prompts=len(prompts), dtype=chosen)
         for cell in cells
@@ -132,7 +131,7 @@ def bench(
         "machine": {
             "cpu": cpu_model(),
             "cores": torch.get_num_threads(),
-            "device": device_model(models.device),
+            "device": device_model(settings.device),
             "system": platform.platform(),
             "torch": torch.__version__,
         },

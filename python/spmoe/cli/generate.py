@@ -20,6 +20,7 @@ from spmoe.cli.options import (
     output_options,
     pair_options,
     pinned_option,
+    settings_of,
 )
 from spmoe.cli.progress import progress_bar
 from spmoe.cli.types import OutputFile, WholeText
@@ -89,17 +90,12 @@ def generate(
         engine = spmoe.load(
             target,
             None if no_speculation else draft,
-            expert_memory=flags["expert_memory"],
-            draft_length=0 if no_speculation else flags["draft_length"],
-            dtype=flags["dtype"],
-            policy=flags["policy"],
-            eviction=flags["eviction"],
-            device=flags["device"],
-            pinned_memory=flags["pinned_memory"],
-            max_context=flags["max_context"],
-            link_gbps=flags["link_gbps"],
-            trace_spans=_TRACE_SPANS if flags["trace"] else 0,
             progress=progress,
+            **settings_of(
+                flags,
+                draft_length=0 if no_speculation else flags["draft_length"],
+                trace_spans=_TRACE_SPANS if flags["trace"] else 0,
+            ),
         )
     with engine:
         if not quiet and flags["expert_memory"] == "auto" and engine.memory is not None:

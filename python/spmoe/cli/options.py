@@ -155,6 +155,18 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def settings_of(flags: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return those flags that are settings, by the names that `spmoe.load` takes.
+
+    Args:
+        flags: Of a verb.
+        **changes: Settings in place of theirs.
+    """
+    from spmoe.settings import SettingNames
+
+    return {name: flags[name] for name in SettingNames.__annotations__ if name in flags} | changes
+
+
 def check_models(*, model: str | None, demo: str | None, **_: Any) -> None:
     """Check that the flags name one target."""
     if (model is None) == (demo is None):

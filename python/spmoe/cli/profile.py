@@ -16,6 +16,7 @@ from spmoe.cli.options import (
     output_options,
     pair_options,
     pinned_option,
+    settings_of,
 )
 from spmoe.cli.progress import progress_bar
 from spmoe.cli.types import MEMORY
@@ -50,16 +51,13 @@ def profile(**flags: Any) -> None:
     with progress_bar(quiet) as progress:
         progress("importing torch and transformers", 0, 1)
         from spmoe.measure import make_profile
+        from spmoe.settings import Settings
 
         target, draft = find_models(progress, **flags)
         made = make_profile(
             target,
             draft,
-            expert_memory=flags["expert_memory"],
-            dtype=flags["dtype"],
-            device=flags["device"],
-            pinned_memory=flags["pinned_memory"],
-            link_gbps=flags["link_gbps"],
+            Settings(**settings_of(flags)),
             repeats=flags["repeats"],
             progress=progress,
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from spmoe.config import check_draft_length, check_memory, check_pinned_memory
+from spmoe.config import check_draft_length, check_memory
 from spmoe.errors import InvalidArgument
 
 
@@ -94,6 +95,6 @@ def _check_device(text: str) -> None:
 
 
 MEMORY = Checked("auto|share|size", check_memory)
-PINNED_MEMORY = Checked("auto|share|size", check_pinned_memory)
+PINNED_MEMORY = Checked("auto|share|size", partial(check_memory, setting="pinned_memory", least=0))
 DRAFT_LENGTH = Checked("auto|0..31", check_draft_length)
 DEVICE = Checked("device", _check_device)

@@ -21,6 +21,7 @@ from spmoe.cli.options import (
     output_options,
     pair_options,
     pinned_option,
+    settings_of,
 )
 from spmoe.cli.progress import progress_bar
 
@@ -96,12 +97,6 @@ def _run(texts: list[str], flags: dict[str, Any]) -> Any:
             draft,
             texts,
             max_new_tokens=flags["max_new_tokens"],
-            draft_length=flags["draft_length"],
-            expert_memory=flags["expert_memory"],
-            policy=flags["policy"],
-            eviction=flags["eviction"],
-            dtype=flags["dtype"],
-            device=flags["device"],
-            pinned_memory=flags["pinned_memory"],
             progress=progress,
+            **settings_of(flags),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,8 +27,9 @@ from spmoe.models.pretrained import build_empty, read_tokenizer
 from spmoe.models.shapes import TOP_K_NAMES
 from spmoe.models.weights import check_depth, read_model
 from spmoe.out_of_memory import out_of_memory
+from spmoe.progress import Progress
 from spmoe.runtime import Runtime
-from spmoe.settings import DTYPES, check_dtype
+from spmoe.settings import DTYPES, RuntimeSettingNames, Settings, check_dtype
 from spmoe.store import open_store
 
 HOST = torch.device("cpu")
@@ -62,16 +63,23 @@ class TargetModel:
     interleaved: bool
     end_token_ids: frozenset[int]
 
-    def open_runtime(self, *, expert_memory: int | str, **options: Any) -> Runtime:
-        """Return a `Runtime` for these experts, not attached. Options and errors as of it."""
+    def open_runtime(
+        self,
+        settings: Settings | None = None,
+        *,
+        progress: Progress | None = None,
+        **changes: Unpack[RuntimeSettingNames],
+    ) -> Runtime:
+        """Return a `Runtime` for these experts, not attached. Arguments and errors as of it."""
         return Runtime(
             self.store,
-            expert_memory=expert_memory,
             experts_per_token=self.experts_per_token,
             activation=self.activation,
             alpha=self.alpha,
             limit=self.limit,
-            **options,
+            settings=settings,
+            progress=progress,
+            **changes,
         )
 
 

@@ -79,12 +79,26 @@ def _encode_output(output: Mapping[str, Any]) -> list[int]:
             "out"
         )
     ids = _row(output["input_ids"])
-    mask = output.get("attention_mask")
-    if mask is not None and not torch.as_tensor(mask).bool().all():
+    if output.get("attention_mask") is not None:
+        _check_mask(output["attention_mask"], len(ids))
+    return ids
+
+
+def _check_mask(mask: Any, count: int) -> None:
+    """Check that a mask of ``count`` tokens keeps all of them."""
+    try:
+        kept = torch.as_tensor(mask).bool()
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no array of numbers
+        kept = None
+    if kept is None or kept.numel() != count:
+        raise InvalidArgument(
+            f"the prompt's attention_mask is {type(mask).__name__} {_shown(mask)}; give a 1 for "
+            f"each of the {count} tokens, or leave it out"
+        )
+    if not kept.all():
         raise InvalidArgument(
             "the prompt's attention_mask leaves tokens out: give the tokens of one text, unpadded"
         )
-    return ids
 
 
 def _row(ids: Any) -> list[int]:
