@@ -101,8 +101,8 @@ def _table(tallies: dict[int | None, Tally], chosen: list[int], layers: int) -> 
             f"of {layers}"
         )
         lines.append(
-            f"| {name} | {_tpot_ms(tally):.1f} | {tally.counters['link_bytes'] / tokens / 1e6:.1f} "
-            f"| {tally.counters['stall_s'] / tokens * 1e3:.1f} |"
+            f"| {name} | {_tpot_ms(tally):.1f} | {tally.counters.link_bytes / tokens / 1e6:.1f} "
+            f"| {tally.counters.stall_s / tokens * 1e3:.1f} |"
         )
     return "\n".join(lines)
 

@@ -81,7 +81,7 @@ def main(**flags: Any) -> None:
                 total.add(stretch)
         copy_s = engine.runtime.store.blob_bytes / (gbps * 1e9)
     text = _table(shares, total, copy_s)
-    counted = tally.counters["link_bytes"] / tally.counters["link_busy_s"] / (gbps * 1e9)
+    counted = tally.counters.link_bytes / tally.counters.link_busy_s / (gbps * 1e9)
     caption = (
         f"{cpu_model()}; link {gbps:g} GB/s (paced), {copy_s * 1e3:.2f} ms a fill; "
         f"{flags['policy']}, expert memory {flags['expert_memory']}, {flags['draft_length']} "

@@ -24,7 +24,7 @@ import click
 import torch
 
 import spmoe
-from spmoe.bench.replay import Pace, Replay, Tensors, counters, to_row
+from spmoe.bench.replay import Pace, Replay, Tensors, to_row
 from spmoe.bench.replay_costs import measure_costs
 from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_recording
 from spmoe.cli.options import device_option, pinned_option
@@ -238,15 +238,13 @@ def _run(
                     [need for request in script for each in request for need in each.needs()]
                 )
             replay.run(script[0])
-            before = counters(runtime)
-            seconds = [s for request in script[1:] for s in replay.run(request)]
-            after = counters(runtime)
-            grown = {name: after[name] - before[name] for name in after}
+            with runtime.counting() as used:
+                seconds = [s for request in script[1:] for s in replay.run(request)]
             rows.append(
                 {"policy": policy, "eviction": runtime.stats(by_layer=False)["eviction"]}
                 | {"expert_memory": memory, "expert_memory_bytes": runtime.expert_memory_bytes}
                 | {"link_gbps": link_gbps, "paced": bool(link_gbps), "link_peak_gbps": peak_gbps}
-                | to_row(seconds, script[1:], grown, peak_gbps=peak_gbps)
+                | to_row(seconds, script[1:], used, peak_gbps=peak_gbps)
             )
         progress(f"{policy}, {memory}", number, len(grid))
     return {"caption": _caption(store, flags, driven_by, where), "driven_by": driven_by} | {

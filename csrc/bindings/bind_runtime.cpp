@@ -10,6 +10,7 @@
 #include "bindings/bind.hpp"
 #include "bindings/bound_store.hpp"
 #include "bindings/unlocked.hpp"
+#include "runtime/counters.hpp"
 #include "runtime/runtime.hpp"
 
 namespace py = pybind11;
@@ -289,6 +290,7 @@ void bind_runtime(py::module_& m) {
           "stats",
           [](const Runtime& runtime, bool by_layer) { return to_dict(runtime.stats(), by_layer); },
           py::arg("by_layer") = true)
+      .def("counters", [](const Runtime& runtime) { return add_up(runtime.stats()); })
       .def("close", &Runtime::close, py::call_guard<Unlocked>());
 }
 

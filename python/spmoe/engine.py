@@ -232,16 +232,16 @@ class Engine(Closeable):
     def _write(self, text: _Text) -> Generator[str]:
         """Yield chunks of text; the figures are there once it is exhausted or closed."""
         course = Course(prompt_tokens=len(text.tokens))
-        before = self.runtime.stats()
         iterations = self._decode(text.request, text.tokens, text.max_new_tokens)
         try:
-            yield from write(iterations, text.writer, self.target.end_token_ids, course)
+            with self.runtime.counting() as used:
+                yield from write(iterations, text.writer, self.target.end_token_ids, course)
         finally:
             if course.iterations:
                 text.metrics = self.last = summarise(
                     course,
-                    before=before,
-                    after=self.runtime.stats(),
+                    used,
+                    self.runtime.stats(by_layer=False),
                     expert_memory_bytes=self.runtime.expert_memory_bytes,
                     expert_total_bytes=self.runtime.store.total_bytes,
                 )

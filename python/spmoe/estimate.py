@@ -45,7 +45,7 @@ class _Meter:
     def sample(self, sampler: Iterator[float]) -> float:
         self.runtime.reset()
         seconds = next(sampler)
-        self.left_bytes -= self.runtime.stats(by_layer=False)["link_bytes"]
+        self.left_bytes -= self.runtime.counters().link_bytes
         return seconds
 
     def affords(self, experts: int) -> bool:

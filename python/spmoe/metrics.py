@@ -10,18 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_COUNTERS = (
-    "hits",
-    "late",
-    "misses",
-    "demand_bytes",
-    "prefetch_used_bytes",
-    "prefetch_wasted_bytes",
-    "stall_s",
-    "link_busy_s",
-    "link_bytes",
-    "compute_s",
-)
+from spmoe.counters import Counters
 
 
 @dataclass(slots=True)
@@ -112,18 +101,24 @@ def cpu_model() -> str:
 
 def summarise(
     course: Course,
+    used: Counters,
+    stats: Mapping[str, Any],
     *,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
     expert_memory_bytes: int,
     expert_total_bytes: int,
 ) -> Metrics:
-    """Return one request's figures from the runtime's counters before and after it."""
-    delta = {name: after[name] - before[name] for name in _COUNTERS}
-    needed = delta["hits"] + delta["late"] + delta["misses"]
-    link_bytes = delta.pop("link_bytes")
-    decode_s = course.last_token_s - course.first_token_s
+    """Return one request's figures.
+
+    Args:
+        course: Of the request.
+        used: How much the runtime's counters grew in it.
+        stats: Of the runtime, at the end of it: what is page-locked, and the device.
+        expert_memory_bytes: Of the runtime.
+        expert_total_bytes: Of all experts.
+    """
     new_tokens = course.new_tokens
+    decode_s = course.last_token_s - course.first_token_s
+    pinned_bytes = stats["pinned_bytes"]
     return Metrics(
         prompt_tokens=course.prompt_tokens,
         new_tokens=new_tokens,
@@ -136,16 +131,22 @@ def summarise(
         accepted=course.accepted,
         acceptance=course.accepted / course.drafted if course.drafted else None,
         tokens_per_iteration=new_tokens / course.iterations,
-        hit_rate=delta["hits"] / needed if needed else None,
-        bytes_per_token=link_bytes / new_tokens,
-        link_gbps=link_bytes / delta["link_busy_s"] / 1e9 if delta["link_busy_s"] else None,
+        hits=used.hits,
+        late=used.late,
+        misses=used.misses,
+        hit_rate=used.hits / used.needed if used.needed else None,
+        demand_bytes=used.demand_bytes,
+        prefetch_used_bytes=used.prefetch_used_bytes,
+        prefetch_wasted_bytes=used.prefetch_wasted_bytes,
+        bytes_per_token=used.link_bytes / new_tokens,
+        stall_s=used.stall_s,
+        compute_s=used.compute_s,
+        link_busy_s=used.link_busy_s,
+        link_gbps=used.link_bytes / used.link_busy_s / 1e9 if used.link_busy_s else None,
         expert_memory_bytes=expert_memory_bytes,
         expert_total_bytes=expert_total_bytes,
-        pinned_bytes=after["pinned_bytes"],
-        pinned_gbps=after["pinned_bytes"] / after["pinned_fill_s"] / 1e9
-        if after["pinned_bytes"]
-        else None,
-        device=after["device"],
+        pinned_bytes=pinned_bytes,
+        pinned_gbps=pinned_bytes / stats["pinned_fill_s"] / 1e9 if pinned_bytes else None,
+        device=stats["device"],
         peak_rss_bytes=peak_rss_bytes(),
-        **delta,
     )

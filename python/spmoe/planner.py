@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spmoe.config import MAX_ROWS
 from spmoe.costs import Costs
+from spmoe.counters import Counters
 from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
 from spmoe.draft_length import SMALL_BACKLOG, Measured
 from spmoe.fading import FadingMean, blend
 from spmoe.policies import Traits, traits_of
-
-# Counters of `Runtime.stats` whose growth over an iteration `Planner.observe` takes.
-COUNTERS = (
-    *("link_bytes", "stall_s", "hits", "misses", "late", "repeated"),
-    *("predicted_needs", "recalled", "critical"),
-)
 
 # A demand may wait for less than its copy takes, since it lands while others are computed. Where a
 # prefetch takes more than this share of a copy from compute, it is tried what demands wait for: in
@@ -122,7 +117,7 @@ class Planner:
     def observe(
         self,
         iteration: Measured,
-        grown: Mapping[str, float],
+        grown: Counters,
         *,
         read_last: bool,
         reread: int = 0,
@@ -131,7 +126,7 @@ class Planner:
 
         Args:
             iteration: Its tokens and times.
-            grown: How much each of `COUNTERS` grew.
+            grown: How much the counters grew.
             read_last: Whether the draft read its last token.
             reread: Tokens that the target read again.
         """
@@ -140,25 +135,24 @@ class Planner:
             return
         self._iterations += 1
         self._expected_s.clear()
-        compute_s = max(0.0, iteration.verify_s - grown["stall_s"]) / self.shape.layers
+        compute_s = max(0.0, iteration.verify_s - grown.stall_s) / self.shape.layers
         self.costs = replace(self.costs, layer_s=self._with_layer(rows, compute_s))
         if (step_s := _step_s(iteration)) is not None:
             known_s = self.costs.draft_s or step_s
             self.costs = replace(self.costs, draft_s=blend(known_s, step_s, _NEWEST))
-        fills = grown["link_bytes"] / self.costs.expert_bytes
-        needed = grown["hits"] + grown["late"] + grown["misses"]
-        if needed:
+        fills = grown.link_bytes / self.costs.expert_bytes
+        if needed := grown.needed:
             self._fill_share.add(fills / needed)
-            self._observe_routing(rows, needed, grown["repeated"])
+            self._observe_routing(rows, needed, grown.repeated)
         prefetched = self._prefetches(rows) and not self._on_trial
         self._modelled_s[prefetched].add(self._wait_s(rows, fills, prefetched=prefetched))
-        self._waited_s[prefetched].add(grown["stall_s"])
+        self._waited_s[prefetched].add(grown.stall_s)
         demanded = self._on_trial or self._break_even() == 1  # all of it
-        if demanded and (waits := grown["misses"] + grown["late"]):
-            self._demand_s.add(grown["stall_s"] / waits)
-        if grown["predicted_needs"]:
-            self._recall[read_last].add(grown["recalled"] / grown["predicted_needs"])
-            predicted = grown["critical"] / grown["predicted_needs"]
+        if demanded and (waits := grown.misses + grown.late):
+            self._demand_s.add(grown.stall_s / waits)
+        if grown.predicted_needs:
+            self._recall[read_last].add(grown.recalled / grown.predicted_needs)
+            predicted = grown.critical / grown.predicted_needs
             self._predicted = blend(self._predicted, predicted, _NEWEST)
 
     @property

@@ -69,12 +69,11 @@ def target_layers(
     context = len(tokens) - rows
     model.read(tokens[:context])
     while True:
-        stall_s = runtime.stats(by_layer=False)["stall_s"]
-        start = time.perf_counter()
-        _choose(model.read(tokens[context:], last=rows))
-        seconds = time.perf_counter() - start
-        waited = runtime.stats(by_layer=False)["stall_s"] - stall_s
-        yield (seconds - waited) / len(target.moe_layers)
+        with runtime.counting() as used:
+            start = time.perf_counter()
+            _choose(model.read(tokens[context:], last=rows))
+            seconds = time.perf_counter() - start
+        yield (seconds - used.stall_s) / len(target.moe_layers)
         model.rewind(context)
 
 
@@ -96,13 +95,11 @@ def copies(runtime: Runtime, batch: int) -> Iterator[float]:
     while True:
         seconds = 0.0
         for layer, experts in itertools.islice(tour, round_length):
-            before = runtime.stats(by_layer=False)
-            runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
-            _settle(runtime)
-            after = runtime.stats(by_layer=False)
-            moved = (after["link_bytes"] - before["link_bytes"]) / store.blob_bytes
-            if moved:
-                seconds = (after["link_busy_s"] - before["link_busy_s"]) * batch / moved
+            with runtime.counting() as used:
+                runtime.forward(layer, x, torch.tensor(experts)[:, None], weights)
+                _settle(runtime)
+            if moved := used.link_bytes / store.blob_bytes:
+                seconds = used.link_busy_s * batch / moved
                 break
         yield seconds
 
@@ -136,10 +133,10 @@ def losses(
 
     while True:
         alone = seconds()
-        before = runtime.stats(by_layer=False)["link_bytes"]
-        _prefetch(runtime, tour, experts_per_token, most)
-        beside = seconds()
-        moved = (runtime.stats(by_layer=False)["link_bytes"] - before) / store.blob_bytes
+        with runtime.counting() as used:
+            _prefetch(runtime, tour, experts_per_token, most)
+            beside = seconds()
+        moved = used.link_bytes / store.blob_bytes
         _settle(runtime)
         yield max(0.0, beside - alone) / moved if moved else 0.0
 
@@ -151,12 +148,10 @@ def rates(runtime: Runtime, experts_per_token: int) -> Iterator[float]:
     """
     tour = _tour(runtime, experts_per_token)
     while True:
-        before = runtime.stats(by_layer=False)
-        _prefetch(runtime, tour, experts_per_token)
-        _settle(runtime)
-        after = runtime.stats(by_layer=False)
-        moved = after["link_bytes"] - before["link_bytes"]
-        yield moved / (after["link_busy_s"] - before["link_busy_s"]) / 1e9 if moved else 0.0
+        with runtime.counting() as used:
+            _prefetch(runtime, tour, experts_per_token)
+            _settle(runtime)
+        yield used.link_bytes / used.link_busy_s / 1e9 if used.link_bytes else 0.0
 
 
 def head_reader(model: Any) -> Callable[[], object]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from spmoe import speculative
 from spmoe.cached_model import CachedModel
 from spmoe.closeable import at_work
+from spmoe.counters import Counters
 from spmoe.draft_length import DraftLength
 from spmoe.models.cache_support import cached
 from spmoe.models.cached import CausalLM
 from spmoe.models.loading import TargetModel
 from spmoe.models.processors import request_processors
-from spmoe.planner import COUNTERS, Limits, Planner
+from spmoe.planner import Limits, Planner
 from spmoe.runtime import Runtime
 from spmoe.trace import Phase
 
@@ -75,7 +75,7 @@ class Request:
         drafter = cached(self._draft) if self._draft is not None else None
         adaptive = self._adaptive
         self._runtime.begin_request()
-        counters: dict[str, Any] | None = None
+        counters: Counters | None = None
         finite = True
         iterations = speculative.decode(
             target,
@@ -135,15 +135,12 @@ class Request:
             self._reread_rows = backlog + drafter.length - target.length
         return length
 
-    def _observe(
-        self, iteration: speculative.Iteration, before: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _observe(self, iteration: speculative.Iteration, before: Counters | None) -> Counters:
         """Report an iteration to the planner; a prefill, which has none before it, is left out."""
-        after = self._runtime.stats(by_layer=False)
+        after = self._runtime.counters()
         if self._planner is not None and before is not None:
-            grown = {name: after[name] - before[name] for name in COUNTERS}
             self._planner.observe(
-                iteration, grown, read_last=self._reads_last(), reread=iteration.reread
+                iteration, after - before, read_last=self._reads_last(), reread=iteration.reread
             )
         return after
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Unpack
 
@@ -15,6 +16,7 @@ from spmoe import _core
 from spmoe.arguments import choice, real_number, shown, whole_number
 from spmoe.closeable import Closeable, close_at_exit, working
 from spmoe.config import MAX_ROWS, format_bytes
+from spmoe.counters import Counters
 from spmoe.errors import InvalidArgument
 from spmoe.expert_memory import expert_budget
 from spmoe.pinned import pinned_budget
@@ -444,10 +446,30 @@ class Runtime(Closeable):
         """
         return self._native.stats(bool(by_layer)) | {"policy": self.policy}
 
+    def counters(self) -> Counters:
+        """Return the counters of all layers together; also of a closed runtime."""
+        return self._native.counters()
+
+    @contextmanager
+    def counting(self) -> Iterator[Counters]:
+        """Count what happens in the block.
+
+        Yields:
+            Counters that are 0 until the block ends, and then say how much those of the runtime
+            grew in it. Calls of other threads count too.
+        """
+        used = Counters()
+        before = self.counters()
+        try:
+            yield used
+        finally:
+            used.add(self.counters() - before)
+
     def close(self) -> None:
         """End the copies in flight and give threads and memory back. May be called twice.
 
-        Waits for a `forward` of another thread. Every call but `stats` then raises `Error`. In a
+        Waits for a `forward` of another thread. Every call but `stats`, `counters` and `counting`
+        then raises `Error`. In a
         forked child it does nothing.
         """
         self._native.close()

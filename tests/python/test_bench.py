@@ -15,6 +15,7 @@ from spmoe import cli, planner, report
 from spmoe.bench import bench
 from spmoe.bench.bounds import slot_bound_s
 from spmoe.bench.cell import Tally
+from spmoe.counters import Counters
 from spmoe.errors import InvalidArgument
 from spmoe.prompts import Prompt, select_prompts
 from spmoe.runtime import POLICIES
@@ -74,7 +75,7 @@ def test_the_bound_is_the_same_for_every_policy_of_a_cell(result: dict) -> None:
 
 
 def test_what_slots_do_not_hold_crosses_the_link_during_verification() -> None:
-    needed = {"hits": 30, "late": 10, "misses": 20}
+    needed = Counters(hits=30, late=10, misses=20)
     ran = Tally(
         token_s=[1.0] * 12,
         ttft_s=[1.0] * 2,

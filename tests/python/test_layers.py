@@ -24,6 +24,7 @@ MAY_INCLUDE = {
 MAY_IMPORT = {
     "transformers": {"models/", "pairing", "demo"},
     "spmoe._core": {
+        "counters",
         "runtime",
         "policies",
         "devices",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,18 +51,19 @@ def grown(
     critical: int | None = None,  # None: those that came true
     needed: float = 61.0,  # of 8 experts five tokens use 6.1, were routing uniform
     repeated: float = 0.0,
-) -> dict:
-    return {
-        "hits": needed - waits,
-        "repeated": repeated,
-        "misses": waits // 2,
-        "late": waits - waits // 2,
-        "link_bytes": fills * 16 * MIB,
-        "stall_s": stall_s,
-        "predicted_needs": needs,
-        "recalled": recalled,
-        "critical": recalled if critical is None else critical,
-    }
+) -> SimpleNamespace:
+    """Return what a planner reads of `Counters`, in parts of experts where a test wants them."""
+    return SimpleNamespace(
+        needed=needed,
+        repeated=repeated,
+        misses=waits // 2,
+        late=waits - waits // 2,
+        link_bytes=fills * 16 * MIB,
+        stall_s=stall_s,
+        predicted_needs=needs,
+        recalled=recalled,
+        critical=recalled if critical is None else critical,
+    )
 
 
 def test_the_budget_grows_by_what_the_link_moves_while_a_layer_runs() -> None:

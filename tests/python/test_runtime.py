@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import spmoe
 from families import make_checkpoint
+from spmoe.counters import Counters
 from spmoe.runtime import Runtime
 
 TOP_K = 3
@@ -291,11 +293,50 @@ def test_a_closed_runtime_answers_only_stats(store: Any, call: dict[str, Any]) -
         runtime.inject,
     ]
     public = {name for name, value in vars(Runtime).items() if callable(value) and name[0] != "_"}
-    assert len(calls) == len(public - {"stats", "close"})
+    assert len(calls) == len(public - {"stats", "counters", "counting", "close"})
     for refused in calls:
         with pytest.raises(spmoe.Error, match="this Runtime is closed"):
             refused()
-    assert runtime.stats()["link_bytes"] == bytes_moved
+    assert runtime.stats()["link_bytes"] == runtime.counters().link_bytes == bytes_moved
+
+
+def test_counters_are_the_stats_of_all_layers(store: Any, call: dict[str, Any]) -> None:
+    with open_runtime(store, policy="horizon") as runtime:
+        runtime.predict(0, np.full(8, 2.0))
+        runtime.forward(**call)
+        runtime.end_iteration(2)
+        stats, counters = runtime.stats(by_layer=False), runtime.counters()
+    names = counters.as_dict()
+    assert {name: stats[name] for name in names if name != "prefetch_bytes"} == {
+        name: value for name, value in names.items() if name != "prefetch_bytes"
+    }
+    assert counters.prefetch_wasted_bytes == stats["prefetch_wasted_bytes"]
+    assert counters.needed == stats["hits"] + stats["late"] + stats["misses"] > 0
+    assert counters.accepted == 2
+
+
+def test_counting_counts_what_happens_in_the_block(store: Any, call: dict[str, Any]) -> None:
+    with open_runtime(store) as runtime:
+        runtime.forward(**call)
+        before = runtime.counters()
+        with suppress(ZeroDivisionError), runtime.counting() as used:
+            assert used == Counters()
+            runtime.forward(**call)
+            _ = 1 / 0
+        runtime.forward(**call)
+    assert used.needed == used.hits == before.needed == 6
+    assert before + used - used == before
+    total = Counters()
+    total += used
+    assert total == used != before
+    assert "hits=" not in repr(used)
+    assert "'hits': 6" in repr(used)
+
+
+def test_counters_have_no_other_names() -> None:
+    with pytest.raises(TypeError, match="no counter"):
+        Counters(hit=1)
+    assert Counters(hits=1, stall_s=0.5).as_dict()["stall_s"] == 0.5
 
 
 def test_other_threads_run_while_a_runtime_goes(store: Any) -> None:

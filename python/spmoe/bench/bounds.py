@@ -67,7 +67,7 @@ def slot_bound_s(tally: Tally, resident: Tally, peak_gbps: float) -> float:
         resident: Of the same draft length, with everything resident.
         peak_gbps: Of the link.
     """
-    fills = max(0.0, tally.needed - tally.slots * tally.passes) / len(tally.token_s)
+    fills = max(0.0, tally.counters.needed - tally.slots * tally.passes) / len(tally.token_s)
     verify_s = fills * tally.expert_bytes / (peak_gbps * 1e9)
     draft_s = resident.draft_s / len(resident.token_s)
     return max(statistics.fmean(resident.token_s), draft_s + verify_s)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spmoe.costs import Costs
+from spmoe.counters import Counters
 from spmoe.engine import Engine
 from spmoe.estimate import estimate
 from spmoe.layer_map import LayerMap
@@ -17,11 +18,6 @@ from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.policies import PROBE
 from spmoe.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.settings import Settings, check_dtype
-
-_COUNTERS = (
-    *("hits", "late", "misses", "link_bytes", "link_busy_s", "stall_s", "compute_s"),
-    *("prefetch_wasted_bytes", "predicted_needs", "recalled"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class Tally:
     iterations: int = 0
     draft_s: float = 0.0  # of every iteration but the first of a run
     identical: bool = True
-    counters: dict[str, float] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)  # without the first iterations
     expert_memory_bytes: int = 0
     expert_bytes: int = 0
     slots: int = 0
@@ -56,11 +52,6 @@ class Tally:
     def passes(self) -> int:
         """Verifications; the first iteration of a run reads the prompt."""
         return self.iterations - len(self.ttft_s)
-
-    @property
-    def needed(self) -> float:
-        """Experts that they needed."""
-        return self.counters["hits"] + self.counters["late"] + self.counters["misses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,25 +115,24 @@ def open_engine(models: Models, cell: Cell, *, paced: bool = False) -> Engine:
 
 def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> list[int]:
     """Decode one prompt, add what it came to, and return its new tokens."""
-    before = engine.runtime.stats()
-    text: list[int] = []
     length: Any = engine.draft_length
-    for iteration in engine.iterate(tokens, max_new_tokens=count, draft_length=length):
-        seconds = iteration.draft_s + iteration.verify_s
-        if not text:
-            tally.ttft_s.append(seconds)
-            before = engine.runtime.stats()
-        else:
+    iterations = engine.iterate(tokens, max_new_tokens=count, draft_length=length)
+    first = next(iterations)
+    tally.ttft_s.append(first.draft_s + first.verify_s)
+    tally.iterations += 1
+    text = list(first.tokens)
+    with engine.runtime.counting() as used:
+        for iteration in iterations:
+            seconds = iteration.draft_s + iteration.verify_s
             tally.token_s += [seconds / len(iteration.tokens)] * len(iteration.tokens)
             tally.draft_s += iteration.draft_s
-        text += iteration.tokens
-        tally.drafted += iteration.drafted
-        tally.accepted += iteration.accepted
-        tally.iterations += 1
-    after = engine.runtime.stats()
-    for name in _COUNTERS:
-        tally.counters[name] = tally.counters.get(name, 0) + after[name] - before[name]
+            text += iteration.tokens
+            tally.drafted += iteration.drafted
+            tally.accepted += iteration.accepted
+            tally.iterations += 1
+    tally.counters += used
     tally.new_tokens += len(text)
+    after = engine.runtime.stats(by_layer=False)
     tally.expert_memory_bytes = engine.runtime.expert_memory_bytes
     tally.expert_bytes = engine.runtime.store.blob_bytes
     tally.slots = after["slots"]
@@ -154,11 +144,10 @@ def to_row(
     cell: Cell, tally: Tally, *, peak_gbps: float, prompts: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the cell's figures under the keys that scripts rely on; the bounds come later."""
-    counters = tally.counters
+    used = tally.counters
     decoded = len(tally.token_s)
     tpot = sorted(tally.token_s)
-    busy_s = counters["link_busy_s"]
-    gbps = counters["link_bytes"] / busy_s / 1e9 if busy_s else None
+    gbps = used.link_bytes / used.link_busy_s / 1e9 if used.link_busy_s else None
 
     def percentile(share: float) -> float:
         return tpot[min(int(share * decoded), decoded - 1)]
@@ -182,19 +171,17 @@ def to_row(
         "tokens_per_s": decoded / sum(tpot),
         "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
         "tokens_per_iteration": tally.new_tokens / tally.iterations,
-        "hit_rate": counters["hits"] / tally.needed,
-        "late_rate": counters["late"] / tally.needed,
-        "recall": counters["recalled"] / counters["predicted_needs"]
-        if counters["predicted_needs"]
-        else None,
-        "bytes_per_token": counters["link_bytes"] / decoded,
-        "wasted_share": max(0.0, counters["prefetch_wasted_bytes"] / counters["link_bytes"])
-        if counters["link_bytes"]
+        "hit_rate": used.hits / used.needed,
+        "late_rate": used.late / used.needed,
+        "recall": used.recalled / used.predicted_needs if used.predicted_needs else None,
+        "bytes_per_token": used.link_bytes / decoded,
+        "wasted_share": max(0.0, used.prefetch_wasted_bytes / used.link_bytes)
+        if used.link_bytes
         else 0.0,
         "link_gbps": gbps,
         "link_share": gbps / peak_gbps if gbps and peak_gbps else None,
-        "stall_s_per_token": counters["stall_s"] / decoded,
-        "compute_s_per_token": counters["compute_s"] / decoded,
+        "stall_s_per_token": used.stall_s / decoded,
+        "compute_s_per_token": used.compute_s / decoded,
         "bound_tpot_s": None,
         "ratio_to_bound": None,
         "slot_bound_tpot_s": None,

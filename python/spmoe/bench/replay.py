@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,10 @@ import torch
 
 from spmoe.bench.scripted import Experts, Request, ScriptedIteration
 from spmoe.costs import Costs
-from spmoe.planner import COUNTERS, Planner, Shape
+from spmoe.counters import Counters
+from spmoe.planner import Planner, Shape
 from spmoe.predictor import join
 from spmoe.runtime import Runtime
-
-# Counters of `Runtime.stats` that a row needs.
-_COUNTED = (
-    *("hits", "late", "misses", "link_bytes", "link_busy_s", "stall_s", "compute_s"),
-    *("prefetch_wasted_bytes", "predicted_needs", "recalled"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +100,7 @@ class Replay:
 
     def _iterate(self, iteration: ScriptedIteration) -> float:
         runtime, planner = self.runtime, self.planner
-        before = runtime.stats(by_layer=False)
+        before = runtime.counters()
         limits = planner.limits(iteration.drafted)
         runtime.set_limits(
             cutoff_layer=limits.cutoff_layer,
@@ -131,12 +126,11 @@ class Replay:
         self._verify(iteration, told if "target" in sources else [], first_row)
         verified = time.perf_counter()
         runtime.end_iteration(iteration.accepted)
-        after = runtime.stats(by_layer=False)
+        used = runtime.counters() - before
         draft_s = drafted - start
         passes = (draft_s / iteration.drafted,) * iteration.drafted if iteration.drafted else ()
         took = _Took(iteration.drafted, iteration.accepted, 0, passes, draft_s, verified - drafted)
-        grown = {name: after[name] - before[name] for name in COUNTERS}
-        planner.observe(took, grown, read_last=False)
+        planner.observe(took, used, read_last=False)
         return verified - start
 
     def _verify(self, iteration: ScriptedIteration, told: Sequence[bool], first_row: int) -> None:
@@ -163,24 +157,23 @@ class Replay:
         return join(scores).to(self.tensors.device)
 
 
-def need_everything(runtime: Runtime, tensors: Tensors) -> dict[str, float]:
-    """Need every expert once, layer by layer; return how much each counter grew."""
+def need_everything(runtime: Runtime, tensors: Tensors) -> Counters:
+    """Need every expert once, layer by layer; return how much the counters grew."""
     store = runtime.store
-    before = counters(runtime)
     x, weights = tensors.ones(store.expert_count, store.hidden), tensors.ones(store.expert_count, 1)
     index = torch.arange(store.expert_count, device=tensors.device)[:, None]
-    for layer in range(store.layer_count):
-        runtime.forward(layer, x, index, weights)
-    tensors.wait()
-    runtime.end_iteration()  # all of them are there, and counted
-    after = counters(runtime)
-    return {name: after[name] - before[name] for name in after}
+    with runtime.counting() as used:
+        for layer in range(store.layer_count):
+            runtime.forward(layer, x, index, weights)
+        tensors.wait()
+        runtime.end_iteration()  # all of them are there, and counted
+    return used
 
 
 def to_row(
     seconds: Sequence[float],
     script: Sequence[Request],
-    grown: Mapping[str, float],
+    used: Counters,
     *,
     peak_gbps: float,
 ) -> dict[str, Any]:
@@ -189,14 +182,12 @@ def to_row(
     Args:
         seconds: Of each iteration.
         script: What was run.
-        grown: How much the counters grew.
+        used: How much the counters grew.
         peak_gbps: Of the link.
     """
     iterations = [iteration for request in script for iteration in request]
     tokens = sum(iteration.accepted + 1 for iteration in iterations)
-    needed = grown["hits"] + grown["late"] + grown["misses"]
     total_s = float(np.sum(seconds))
-    foretold = grown["predicted_needs"]
     return {
         "iterations": len(iterations),
         "tokens": tokens,
@@ -206,20 +197,14 @@ def to_row(
             "p90": float(np.percentile(seconds, 90)),
         },
         "tpot_s": total_s / tokens,
-        "hit_rate": grown["hits"] / needed,
-        "late_rate": grown["late"] / needed,
-        "recall": grown["recalled"] / foretold if foretold else None,
-        "bytes_per_token": grown["link_bytes"] / tokens,
-        "wasted_share": max(0.0, grown["prefetch_wasted_bytes"] / grown["link_bytes"])
-        if grown["link_bytes"]
+        "hit_rate": used.hits / used.needed,
+        "late_rate": used.late / used.needed,
+        "recall": used.recalled / used.predicted_needs if used.predicted_needs else None,
+        "bytes_per_token": used.link_bytes / tokens,
+        "wasted_share": max(0.0, used.prefetch_wasted_bytes / used.link_bytes)
+        if used.link_bytes
         else 0.0,
-        "link_share": grown["link_bytes"] / (peak_gbps * 1e9 * total_s) if peak_gbps else None,
-        "stall_share": grown["stall_s"] / total_s,
-        "compute_share": grown["compute_s"] / total_s,
+        "link_share": used.link_bytes / (peak_gbps * 1e9 * total_s) if peak_gbps else None,
+        "stall_share": used.stall_s / total_s,
+        "compute_share": used.compute_s / total_s,
     }
-
-
-def counters(runtime: Runtime) -> dict[str, float]:
-    """Return the counters that `to_row` needs."""
-    stats = runtime.stats(by_layer=False)
-    return {name: stats[name] for name in _COUNTED}

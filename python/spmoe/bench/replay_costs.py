@@ -40,8 +40,8 @@ def measure_costs(
             "layers or more"
         )
     need_everything(runtime, tensors)  # slots and pages are touched
-    grown = need_everything(runtime, tensors)
-    peak_gbps = grown["link_bytes"] / grown["link_busy_s"] / 1e9
+    used = need_everything(runtime, tensors)
+    peak_gbps = used.link_bytes / used.link_busy_s / 1e9
     layer_s = _resident_layer_s(runtime, experts_per_token, rows, tensors)
     sampler = probe.losses(runtime, experts_per_token, _memory_reader(tensors))
     costs = Costs(

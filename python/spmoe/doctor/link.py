@@ -202,11 +202,9 @@ def _open(files: Sequence[Path], sample: Sample, device: str, **options: Any) ->
 
 def _pass_gbps(runtime: Runtime) -> float:
     """Need every expert once; return what the link moved a second while it was busy."""
-    before = runtime.stats(by_layer=False)
-    touch_all(runtime)
-    after = runtime.stats(by_layer=False)
-    moved: float = after["link_bytes"] - before["link_bytes"]
-    return moved / float(after["link_busy_s"] - before["link_busy_s"]) / 1e9
+    with runtime.counting() as used:
+        touch_all(runtime)
+    return used.link_bytes / used.link_busy_s / 1e9
 
 
 def _cold_gbps(runtime: Runtime, files: Sequence[Path]) -> float:

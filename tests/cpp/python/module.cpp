@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, m) {
   spmoe::bind_errors(m);
   spmoe::bind_store(m);
   spmoe::bind_device(m);
+  spmoe::bind_counters(m);
   spmoe::bind_runtime(m);
   spmoe::bind_policies(m);
   spmoe::bind_fake_cuda(m);
