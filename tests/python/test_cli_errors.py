@@ -31,7 +31,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(spmoe, "load", load)
     monkeypatch.setattr(spmoe, "verify", load)
-    monkeypatch.setattr(spmoe.demo, "ensure_pair", load)
+    monkeypatch.setattr("spmoe.demo.pair.ensure_pair", load)
     monkeypatch.setattr(spmoe.bench, "bench", load)
     monkeypatch.setattr(spmoe.measure, "make_profile", load)
 

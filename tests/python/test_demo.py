@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from families import make_tokenizer
-from spmoe.demo import VARIANTS, Pair, cache, checkpoint, dense, describe, ensure_pair, routing
+from spmoe.demo import cache, checkpoint, dense, routing
 from spmoe.demo import pair as pair_module
 from spmoe.demo.mixtral import NoisyCopies
+from spmoe.demo.pair import VARIANTS, Pair, describe, ensure_pair
 from spmoe.demo.qwen2_moe import NoisyParts
 from spmoe.demo.recipe import Recipe, noisy
 from spmoe.errors import CheckpointError, Error, InvalidArgument
@@ -337,7 +338,8 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_a_pair(
     sys.path.insert(0, {os.fspath(Path(__file__).parent)!r})
     from pathlib import Path
     import test_demo
-    from spmoe.demo import checkpoint, dense, ensure_pair
+    from spmoe.demo import checkpoint, dense
+    from spmoe.demo.pair import ensure_pair
 
     dense.load_dense = test_demo.make_dense
     checkpoint.SHARD_BYTES = 50_000

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from spmoe.demo import Pair, ensure_pair
+from spmoe.demo.pair import Pair, ensure_pair
 
 MIB = 1 << 20
 # Python, torch, transformers, the tokenizer and the key-value cache; README.md names it.

@@ -18,8 +18,8 @@ def demo(variant: str, describe: bool, as_json: bool) -> None:
     """Make the built-in pair ahead of time."""
     with progress_bar(as_json) as progress:
         progress("importing torch and transformers", 0, 1)
-        from spmoe.demo import describe as describe_pair
-        from spmoe.demo import ensure_pair
+        from spmoe.demo.pair import describe as describe_pair
+        from spmoe.demo.pair import ensure_pair
 
         pair = None if describe else ensure_pair(variant, progress=progress)
     if pair is None:

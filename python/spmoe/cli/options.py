@@ -185,7 +185,7 @@ def find_models(
     check_models(model=model, demo=demo)
     if model is not None:
         return model, draft_model
-    from spmoe.demo import ensure_pair
+    from spmoe.demo.pair import ensure_pair
 
     with nullcontext(progress) if progress else progress_bar(quiet=False) as report:
         pair = ensure_pair(str(demo), progress=report)
