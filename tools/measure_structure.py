@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCES = {".py", ".cpp", ".hpp", ".cu", ".cuh"}
 PRODUCT = ("csrc", "python/spmoe")
-ADAPTIVE = ("planner", "draft_length", "confidence", "fading", "learner")
+ADAPTIVE = ("planner", "draft_length", "acceptance", "ema", "prior", "confidence", "fading")
 POLICIES = ("on-demand", "next-gate", "activation-trace", "sp-moe", "horizon", "oracle")
 
 

@@ -1,8 +1,8 @@
 """Time per token over the cutoff layer: how deep drafting should prefetch.
 
-Forces each cutoff layer on `sp-moe` in turn and prints the curve, with the layer that the latency
-model chooses by itself. Source: SP-MoE, arXiv:2510.10302, section 3.2 and its figure of TPOT
-against L.
+Forces each cutoff layer on `sp-moe` in turn and prints the curve, with the layers that the rules
+choose: our latency model and the paper's two inequalities. Source: SP-MoE, arXiv:2510.10302,
+section 3.2 and its figure of TPOT against L.
 
     python bench/python/cutoff_sweep.py --demo --link-gbps 2 --plot sweep.svg
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from matplotlib.figure import Figure
@@ -22,8 +22,11 @@ from spmoe.cli.options import find_models, link_option, pair_options
 from spmoe.cli.progress import progress_bar
 from spmoe.metrics import cpu_model
 from spmoe.models.loading import resolve_dtype
+from spmoe.planner import CutoffRule
 from spmoe.prompts import select_prompts
 from spmoe.settings import Settings
+
+RULES: tuple[CutoffRule, ...] = get_args(CutoffRule)
 
 
 @click.command()
@@ -43,15 +46,17 @@ def main(**flags: Any) -> None:
     settings = Settings(dtype=resolve_dtype(flags["dtype"]), link_gbps=flags["link_gbps"])
     models = load_models(target, draft, settings)
     layers = len(models.target.moe_layers)
-    forced: list[int | None] = [*range(0, layers, flags["step"]), layers, None]
+    cutoffs: list[int | CutoffRule] = [*range(0, layers, flags["step"]), layers, *RULES]
     prompts = select_prompts(flags["prompts"])
-    tallies: dict[int | None, Tally] = {layer: Tally() for layer in forced}
-    chosen: list[int] = []
-    runs = [(p, layer) for _ in range(flags["repeats"]) for p in prompts for layer in forced]
+    tallies: dict[int | CutoffRule, Tally] = {cutoff: Tally() for cutoff in cutoffs}
+    chosen: dict[int | CutoffRule, list[int]] = {rule: [] for rule in RULES}
+    runs = [(p, cutoff) for _ in range(flags["repeats"]) for p in prompts for cutoff in cutoffs]
     with progress_bar(quiet=False) as progress:
-        for number, (prompt, layer) in enumerate(runs):
-            chosen += _run(models, prompt.text, layer, tallies[layer], flags)
-            progress(f"cutoff layer {layer}", number, len(runs))
+        for number, (prompt, cutoff) in enumerate(runs):
+            layers_used = _run(models, prompt.text, cutoff, tallies[cutoff], flags)
+            if cutoff in chosen:
+                chosen[cutoff] += layers_used
+            progress(f"cutoff layer {cutoff}", number, len(runs))
     peak = link_peak_gbps(models)
     text = _table(tallies, chosen, layers)
     paced = " (paced)" if flags["link_gbps"] else ""
@@ -67,39 +72,41 @@ def main(**flags: Any) -> None:
 
 
 def _run(
-    models: Models, text: str, layer: int | None, tally: Tally, flags: dict[str, Any]
+    models: Models, text: str, cutoff: int | CutoffRule, tally: Tally, flags: dict[str, Any]
 ) -> list[int]:
-    """Decode one prompt; return the cutoff layers that were chosen, if none was forced."""
+    """Decode one prompt with a forced cutoff layer or by a rule; return the layers used."""
     cell = Cell("sp-moe", "auto", flags["expert_memory"], flags["draft_length"])
-    chosen: list[int] = []
+    used: list[int] = []
     with open_engine(models, cell, paced=True) as engine:
-        engine.cutoff_layer = layer
-        if layer is None:
-            set_limits = engine.runtime.set_limits
+        if isinstance(cutoff, int):
+            engine.cutoff_layer = cutoff
+        else:
+            engine.planner.cutoff_rule = cutoff
+        set_limits = engine.runtime.set_limits
 
-            def remember(**limits: Any) -> None:
-                chosen.append(limits["cutoff_layer"])
-                set_limits(**limits)
+        def remember(**limits: Any) -> None:
+            used.append(limits["cutoff_layer"])
+            set_limits(**limits)
 
-            engine.runtime.set_limits = remember
+        engine.runtime.set_limits = remember
         run_prompt(engine, engine.encode(text), flags["max_new_tokens"], tally)
-    return chosen
+    return used
 
 
 def _tpot_ms(tally: Tally) -> float:
     return statistics.fmean(tally.token_s) * 1e3
 
 
-def _table(tallies: dict[int | None, Tally], chosen: list[int], layers: int) -> str:
+def _table(
+    tallies: dict[int | CutoffRule, Tally], chosen: dict[int | CutoffRule, list[int]], layers: int
+) -> str:
     lines = ["| cutoff layer | TPOT ms | MB/token | stall ms |", "| --- | --- | --- | --- |"]
-    for layer, tally in tallies.items():
+    for cutoff, tally in tallies.items():
         tokens = len(tally.token_s)
-        name = (
-            str(layer)
-            if layer is not None
-            else f"chosen: {min(chosen)} to {max(chosen)}, mean {statistics.fmean(chosen):.1f} "
-            f"of {layers}"
-        )
+        name = str(cutoff)
+        if used := chosen.get(cutoff):
+            mean = statistics.fmean(used)
+            name += f": {min(used)} to {max(used)}, mean {mean:.1f} of {layers}"
         lines.append(
             f"| {name} | {_tpot_ms(tally):.1f} | {tally.counters.link_bytes / tokens / 1e6:.1f} "
             f"| {tally.counters.stall_s / tokens * 1e3:.1f} |"
@@ -107,19 +114,26 @@ def _table(tallies: dict[int | None, Tally], chosen: list[int], layers: int) -> 
     return "\n".join(lines)
 
 
-def _plot(path: Path, tallies: dict[int | None, Tally], chosen: list[int], caption: str) -> None:
+def _plot(
+    path: Path,
+    tallies: dict[int | CutoffRule, Tally],
+    chosen: dict[int | CutoffRule, list[int]],
+    caption: str,
+) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    forced = {layer: tally for layer, tally in tallies.items() if layer is not None}
-    axes.plot(list(forced), [_tpot_ms(tally) for tally in forced.values()], marker="o")
-    axes.errorbar(
-        [statistics.fmean(chosen)],
-        [_tpot_ms(tallies[None])],
-        xerr=[[statistics.fmean(chosen) - min(chosen)], [max(chosen) - statistics.fmean(chosen)]],
-        fmt="s",
-        capsize=3,
-        label="chosen by the latency model",
-    )
+    forced = [cutoff for cutoff in tallies if cutoff not in chosen]
+    axes.plot(forced, [_tpot_ms(tallies[layer]) for layer in forced], marker="o")
+    for rule, used in chosen.items():
+        mean = statistics.fmean(used)
+        axes.errorbar(
+            [mean],
+            [_tpot_ms(tallies[rule])],
+            xerr=[[mean - min(used)], [max(used) - mean]],
+            fmt="s",
+            capsize=3,
+            label=rule,
+        )
     axes.set_xlabel("cutoff layer")
     axes.set_ylabel("time per output token, ms")
     axes.set_ylim(bottom=0)

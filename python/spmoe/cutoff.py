@@ -118,21 +118,38 @@ def waits_s(
 
 
 def cutoff_layer(waits: Sequence[float]) -> int:
-    """Return how many leading layers to prefetch for: the cutoff layer L.
+    """Return the cutoff layer L with which verification waits least.
 
-    The one with which verification waits least; of equals the shallowest, since a prefetch that
-    saves nothing may be wrong. 0 means that prefetching cannot pay.
-
-    The paper admits what arrives in time, ``L * k * copy_s <= T_draft``, and fits,
-    ``L * k * bytes <= free``. With equal layers whose compute takes no time, and predictions that
-    are right, this is the same, and a layer more if the link is amid its experts when verification
-    begins. Where compute takes time, a prefetch that comes late still has a start over a demand.
+    Of equals it is the shallowest, since a prefetch that saves nothing may be wrong. 0 means that
+    prefetching cannot pay. Unlike `paper_cutoff_layer`, it admits a prefetch that arrives late but
+    sooner than a demand would, and frees a layer's slots once the layer has run.
 
     Args:
         waits: From `waits_s`.
     """
     least_s = min(waits) + 1e-9 * waits[0]  # sums of seconds round
     return next(layer for layer, wait_s in enumerate(waits) if wait_s <= least_s)
+
+
+def paper_cutoff_layer(
+    due: Sequence[float], experts_per_token: int, costs: Costs, *, free_bytes: int
+) -> int:
+    """Return the paper's cutoff layer L: the critical experts of L layers arrive in time and fit.
+
+    The largest L with ``L * k * copy_s <= T_draft`` and ``L * k * expert_bytes <= free_bytes``.
+
+    Args:
+        due: From `deadlines`; drafting takes T_draft seconds, until the first layer is due.
+        experts_per_token: Critical experts of a layer, k.
+        costs: Of this machine.
+        free_bytes: Device memory for prefetched experts.
+
+    Source: SP-MoE, arXiv:2510.10302, section 3.2.
+    """
+    layer_s = experts_per_token * costs.expert_copy_s()
+    in_time = due[0] / layer_s + 1e-9 if layer_s else math.inf  # seconds round
+    fits = free_bytes // (experts_per_token * costs.expert_bytes)
+    return int(min(in_time, fits, len(due)))
 
 
 def break_even(*, prefetch_s: float, wait_s: float) -> float:

@@ -1,208 +1,100 @@
-"""How far to draft, 0 included: chosen before each iteration from what the last ones cost.
-
-An iteration that drafts ``g`` tokens writes ``A(g)`` of them and takes ``g`` draft steps and a
-verification of ``g + 1`` rows; the best ``g`` has the least time a token. What a verification costs
-is what the planner expects, compute and waits for the link, until it was measured often.
-
-Source: Leviathan et al., arXiv:2211.17192, section 3.4, for A(g); the costs and the tests are ours.
-"""
+"""How far to draft and whether to prefetch: the choice that takes the least time a token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cache
 
-from spmoe.confidence import Confidence
-from spmoe.fading import FadingMean, blend
+from spmoe.acceptance import Acceptance
+from spmoe.ema import Ema
+from spmoe.prior import Choice
 
-_NEWEST = 0.1  # weight of the newest time of a verification
-_TRUSTED_TIMES = 8  # measurements that weigh as much as what was expected
-_PRIOR_TOKENS = 8.0  # that the acceptance assumed at first weighs as much as
-_PRIOR_ACCEPTANCE = 0.8  # assumed at first
-SMALL_BACKLOG = 2  # tokens that a pass reads beside its own as fast as that alone
-
-
-class Measured(Protocol):
-    """What an iteration came to; `speculative.Iteration` is one.
-
-    Attributes:
-        drafted: Tokens drafted.
-        accepted: Of these, accepted.
-        probabilities: That the draft gave to each; or none.
-        backlog: Tokens that the draft's first pass read beside the one that every pass reads.
-        pass_s: Seconds of each pass of the draft that proposed a token.
-        draft_s: Seconds of drafting, all that it took.
-        verify_s: Seconds that the verification took.
-    """
-
-    @property
-    def drafted(self) -> int: ...  # noqa: D102
-    @property
-    def accepted(self) -> int: ...  # noqa: D102
-    @property
-    def probabilities(self) -> Sequence[float]: ...  # noqa: D102
-    @property
-    def backlog(self) -> int: ...  # noqa: D102
-    @property
-    def pass_s(self) -> Sequence[float]: ...  # noqa: D102
-    @property
-    def draft_s(self) -> float: ...  # noqa: D102
-    @property
-    def verify_s(self) -> float: ...  # noqa: D102
+LONGEST = 8  # tokens; a longer draft is rarely accepted whole
+_EXPLORE_SHARE = 0.02  # of all time: less than an iteration's time varies
+_LEAST_LOSS = 0.02  # of a token's time: an exploration is never free, or it would never stop
+_CAUTION = 1.02  # for each token of distance to a measured length: near guesses come first
+_NEWEST = 0.2  # weight of an iteration, as in `spmoe.planner`: its time varies by a tenth
 
 
-def tokens_per_iteration(acceptance: float, draft_length: int) -> float:
-    """Return ``A(g) = 1 + a + ... + a^g``, tokens that an iteration is expected to write.
+class DraftLength:
+    """Learns what an iteration of each choice takes, and makes the choice. One request at a time.
+
+    It keeps the ratio of measured to prior seconds of each choice. A choice that was never measured
+    has the ratio of the nearest one, for a prior that is wrong is wrong for both alike.
+
+    An exploration makes another choice than the best: the one with the most iterations since its
+    last turn for each second that it is expected to lose. It waits until that loss is at most
+    `_EXPLORE_SHARE` of the time since the last exploration.
 
     Args:
-        acceptance: Probability in [0, 1] that a drafted token is accepted if those before it are.
-        draft_length: Tokens drafted.
-    """
-    return math.fsum(acceptance**i for i in range(draft_length + 1))
-
-
-@dataclass(slots=True)
-class DraftLength:
-    """Chooses the draft length of each iteration, of one request after another.
-
-    Now and then another length than the best known is tested: the one that has waited longest for
-    its price, which is what such an iteration is expected to lose. What tests lose is counted, and
-    a test has to wait while it would take the sum past `test_share` of all time.
-
-    Requests that interleave blur what is learnt of their costs, and no more.
-
-    Attributes:
-        expected_s: Rows -> seconds that a verification of so many is expected to take.
-        draft_s: Expected seconds of a draft step. What drafting takes beyond its steps, where it
-            begins and ends, is learnt.
-        token_s: Expected seconds for each token of a backlog that the draft has to read first.
-        plain_first: Iterations that decode plainly before any drafts. They show `expected_s` what
-            this memory costs, while the draft may never have to read the prompt.
-        longest: Largest length to choose.
-        test_share: Share of all time that tests may lose, against the best length known.
+        prior_s: Choice -> expected seconds of an iteration.
     """
 
-    expected_s: Callable[[int], float]
-    draft_s: float
-    token_s: float = 0.0
-    plain_first: int = 0
-    longest: int = 8
-    test_share: float = 0.02
+    def __init__(self, prior_s: Callable[[Choice], float]) -> None:
+        self.acceptance = Acceptance()
+        self.count = 0  # iterations
+        self._prior_s = cache(lambda choice: max(prior_s(choice), 1e-9))  # 0 s has no ratio
+        self._ratios: dict[Choice, Ema] = {}
+        self._turns: dict[Choice, int] = {}  # choice -> iterations before its last turn
+        self._allowance_s = 0.0  # that explorations may lose
+        self._best = Choice(0, prefetch=False)
 
-    _verify_s: dict[int, FadingMean] = field(default_factory=dict)  # by rows
-    _tried: dict[int, int] = field(default_factory=dict)  # length -> when it was chosen last
-    _offered: float = _PRIOR_TOKENS  # drafted tokens that were judged, and accepted; fading
-    _accepted: float = _PRIOR_TOKENS * _PRIOR_ACCEPTANCE
-    _confidence: Confidence = field(default_factory=Confidence)
-    _total_s: float = 0.0
-    _test_loss_s: float = 0.0
-    _testing: bool = False
-    _lead_s: float = 0.0  # of drafting, beyond its steps; may be less than nothing
-    _backlog_s: float = 0.0
-    _left: float = math.inf
-    _count: int = 0
+    def seconds(self, choice: Choice) -> float:
+        """Return the expected seconds of an iteration, without reading a backlog."""
 
-    @property
-    def acceptance(self) -> float:
-        """Estimated probability that a drafted token is accepted."""
-        return min(self._accepted / self._offered, 0.999)
+        def distance(it: Choice) -> tuple[int, bool]:
+            return abs(it.length - choice.length), it.prefetch != choice.prefetch
 
-    def seconds_per_token(self, draft_length: int) -> float:
-        """Return what a token is expected to cost at this length."""
-        draft_s = max(self._lead_s, 0.0) + draft_length * self.draft_s if draft_length else 0.0
-        seconds = draft_s + self._verify_at(draft_length + 1)
-        return seconds / tokens_per_iteration(self.acceptance, draft_length)
+        nearest = min(self._ratios, key=distance, default=choice)
+        ratio = self._ratios[nearest].value if self._ratios else 1.0
+        return self._prior_s(choice) * ratio * _CAUTION ** distance(nearest)[0]
 
-    def choose(self, backlog: int = 0, left: float = math.inf) -> int:
-        """Return how many tokens to draft in the next iteration.
+    def seconds_per_token(self, choice: Choice) -> float:
+        """Return the expected seconds of a token."""
+        return self.seconds(choice) / self.acceptance.tokens(choice.length)
 
-        Args:
-            backlog: Tokens of the text that the draft has to read before it drafts any.
-            left: Tokens that may still be written; about half of them are taken to be.
+    def choose(
+        self, choices: Sequence[Choice], *, reading_s: float = 0.0, left: float = math.inf
+    ) -> Choice:
+        """Return the next iteration's choice.
+
+        A draft takes ``reading_s`` to read its backlog first. Half of the tokens that are ``left``
+        to write share that time, since a text may end early.
         """
-        self._testing = False
-        self._backlog_s = backlog * self.token_s if backlog > SMALL_BACKLOG else 0.0
-        self._left = max(left / 2, 1.0)
-        if self._count < self.plain_first:
-            return 0
-        best = self._best()
-        usual = self.seconds_per_token(best)
+        share_s = reading_s / max(left / 2, 1.0)
+        token_s = {choice: self.seconds_per_token(choice) for choice in choices}
+        best = min(choices, key=lambda it: token_s[it] + (share_s if it.length else 0.0))
 
-        def price(length: int) -> float:
-            loss = max(self.seconds_per_token(length) - usual, 0.02 * usual)  # none is for nothing
-            reading_s = self._backlog_s if length and not best else 0.0
-            return reading_s + loss * tokens_per_iteration(self.acceptance, length)
+        def loss_s(it: Choice) -> float:
+            more_s = max(token_s[it] - token_s[best], _LEAST_LOSS * token_s[best])
+            reads = it.length > 0 and best.length == 0
+            return more_s * self.acceptance.tokens(it.length) + (reading_s if reads else 0.0)
 
-        others = [length for length in range(self.longest + 1) if length != best] or [best]
-        test = max(others, key=lambda g: (self._count - self._tried.get(g, 0)) / price(g))
-        self._testing = self._test_loss_s + price(test) <= self.test_share * self._total_s
-        chosen = test if self._testing else best
-        self._tried[chosen] = self._count
+        def urgency(it: Choice) -> float:
+            return (self.count - self._turns.get(it, 0)) / loss_s(it)
+
+        self._best = chosen = best
+        other = max((it for it in choices if it != best), key=urgency, default=best)
+        if loss_s(other) <= self._allowance_s:
+            self._allowance_s -= loss_s(other)
+            chosen = other
+        self._turns[chosen] = self.count
         return chosen
 
-    def observe(self, iteration: Measured) -> None:
-        """Learn from an iteration."""
-        drafted = iteration.drafted
-        seconds = iteration.draft_s + iteration.verify_s
-        if self._testing:
-            usual = self.seconds_per_token(self._best())
-            loss = seconds - tokens_per_iteration(self.acceptance, drafted) * usual
-            self._test_loss_s += max(0.0, loss)
-        self._count += 1
-        self._total_s += seconds
-        self._verify_s.setdefault(drafted + 1, FadingMean(_NEWEST)).add(iteration.verify_s)
-        # Acceptance is forgotten while decoding plainly too, so that few tests can revise it.
-        if self._offered > _PRIOR_TOKENS:
-            self._offered *= 0.97
-            self._accepted *= 0.97
-        if drafted:
-            self._observe_steps(iteration)
-            judged = min(iteration.accepted + 1, drafted)  # nothing is learnt behind a refusal
-            self._confidence.observe(iteration.probabilities, iteration.accepted)
-            self._offered += judged
-            self._accepted += iteration.accepted
+    def observe(self, choice: Choice, seconds: float) -> None:
+        """Learn what an iteration took, less reading. Its draft may have ended early."""
+        self.count += 1
+        self._allowance_s += _EXPLORE_SHARE * seconds
+        self._ratios.setdefault(choice, Ema(_NEWEST, 1.0)).add(seconds / self._prior_s(choice))
 
     def worth_another(self, probabilities: Sequence[float]) -> bool:
-        """Whether one more drafted token is expected to pay.
+        """Whether another token after those of ``probabilities`` is expected to pay.
 
-        ``p TPOT > t_d + dt_v``: with the probability p that it is accepted, and all before it, it
-        saves a token's time; it costs a draft step and a row more.
-
-        Args:
-            probabilities: That the draft gave to each token before it.
+        It takes a token's share of the time by which longer iterations are longer, and it saves a
+        token's time if the target accepts it and all before it.
         """
-        counts = self.acceptance * math.prod(map(self._confidence.acceptance, probabilities))
-        best = self._best()
-        deep = max(best, 2)
-        row_s = max(0.0, (self._verify_at(deep + 1) - self._verify_at(2)) / (deep - 1))
-        return counts * self.seconds_per_token(best) > self.draft_s + row_s
-
-    def _best(self) -> int:
-        def cost(length: int) -> float:
-            reading_s = self._backlog_s / self._left if length else 0.0
-            return self.seconds_per_token(length) + reading_s
-
-        return min(range(self.longest + 1), key=cost)
-
-    def _observe_steps(self, iteration: Measured) -> None:
-        others = iteration.pass_s[1:]
-        reads = iteration.backlog > SMALL_BACKLOG
-        # A single step cannot be told from the lead: both move.
-        for step_s in others if others or reads else [iteration.draft_s - self._lead_s]:
-            self.draft_s = blend(self.draft_s, step_s, 0.1)
-        lead_s = iteration.draft_s - math.fsum(others) - self.draft_s
-        if reads:
-            read_s = max(0.0, lead_s - self._lead_s)
-            self.token_s = blend(self.token_s, read_s / iteration.backlog, 0.5)
-        else:
-            self._lead_s = blend(self._lead_s, lead_s, 0.2)
-
-    def _verify_at(self, rows: int) -> float:
-        expected_s = self.expected_s(rows)
-        measured = self._verify_s.get(rows)
-        if measured is None or measured.value is None:  # another thread is about to add the first
-            return expected_s
-        trust = measured.count / (measured.count + _TRUSTED_TIMES)
-        return blend(expected_s, measured.value, trust)
+        short, long = (self._best._replace(length=g) for g in (1, max(self._best.length, 2)))
+        step_s = max(0.0, self.seconds(long) - self.seconds(short)) / (long.length - short.length)
+        saved_s = self.acceptance.of_another(probabilities) * self.seconds_per_token(self._best)
+        return saved_s > step_s

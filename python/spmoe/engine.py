@@ -14,7 +14,6 @@ from spmoe import predictor, speculative
 from spmoe.closeable import Closeable
 from spmoe.config import check_draft_length, format_bytes
 from spmoe.costs import Costs
-from spmoe.draft_length import DraftLength
 from spmoe.errors import Error, InvalidArgument
 from spmoe.generation import Generation, check_max_new_tokens, check_stop, write
 from spmoe.layer_map import LayerMap
@@ -27,15 +26,14 @@ from spmoe.models.loading import TargetModel
 from spmoe.models.processors import set_aside
 from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.models.writer import TextWriter
-from spmoe.planner import Planner, Shape
+from spmoe.planner import Planner
+from spmoe.prior import Shape
 from spmoe.request import Request
 from spmoe.runtime import Runtime
 from spmoe.trace import Phase
 from spmoe.turns import Turns
 
 log = logging.getLogger("spmoe")
-
-PLAIN_FIRST = 3  # iterations: the first after a prefill still fill what it has evicted
 
 
 @dataclass(slots=True)
@@ -85,8 +83,7 @@ class Engine(Closeable):
         self.runtime = runtime
         self.draft = draft
         self.draft_length = check_draft_length(draft_length)
-        self.planner: Planner | None = None
-        self._lengths: DraftLength | None = None  # for "auto"; learns from every such request
+        self.planner: Planner | None = None  # learns from every request
         if costs is not None:
             shape = Shape(
                 layers=runtime.store.layer_count,
@@ -95,12 +92,6 @@ class Engine(Closeable):
                 memory_bytes=runtime.expert_memory_bytes,
             )
             self.planner = Planner(costs, shape, policy=runtime.traits)
-            self._lengths = DraftLength(
-                self.planner.verify_s,
-                self.planner.draft_s,
-                costs.draft_token_s,
-                plain_first=PLAIN_FIRST,
-            )
         self.cutoff_layer: int | None = None  # in place of the planner's
         self.layer_map = None if layer_map is None else layer_map.to(runtime.device)
         self.last: Metrics | None = None  # figures of the last request
@@ -204,7 +195,7 @@ class Engine(Closeable):
 
     def _request(self, draft_length: int | Literal["auto"]) -> Request:
         auto = draft_length == "auto"
-        if auto and self.draft is not None and self._lengths is None:
+        if auto and self.draft is not None and self.planner is None:
             raise InvalidArgument(
                 'draft_length "auto" needs the costs of this machine, which were not measured: '
                 'give draft_length="auto" to spmoe.load'
@@ -215,7 +206,6 @@ class Engine(Closeable):
             self.runtime,
             draft_length=None if draft_length == "auto" else draft_length,
             planner=self.planner,
-            lengths=self._lengths,
             cutoff_layer=self.cutoff_layer,
             prompt_chunk=self.prompt_chunk,
         )

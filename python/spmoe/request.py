@@ -10,12 +10,12 @@ from spmoe import speculative
 from spmoe.cached_model import CachedModel
 from spmoe.closeable import at_work
 from spmoe.counters import Counters
-from spmoe.draft_length import DraftLength
+from spmoe.draft_length import LONGEST
 from spmoe.models.cache_support import cached
 from spmoe.models.cached import CausalLM
 from spmoe.models.loading import TargetModel
 from spmoe.models.processors import request_processors
-from spmoe.planner import Limits, Planner
+from spmoe.planner import Plan, Planner
 from spmoe.runtime import Runtime
 from spmoe.trace import Phase
 
@@ -29,9 +29,8 @@ class Request:
         target: With ``runtime`` attached.
         draft: Proposes tokens; None decodes plainly.
         runtime: Of the target's experts.
-        draft_length: Tokens drafted an iteration; None: ``lengths`` chooses each time.
-        planner: Says what each iteration may prefetch; None: everything.
-        lengths: Learns from the iterations.
+        draft_length: Tokens drafted an iteration; None: ``planner`` chooses each time.
+        planner: Plans each iteration and learns from it; None: everything may be prefetched.
         cutoff_layer: In place of the planner's.
         prompt_chunk: Tokens of a pass over the prompt; None: all in one.
 
@@ -47,7 +46,6 @@ class Request:
         *,
         draft_length: int | None = 0,
         planner: Planner | None = None,
-        lengths: DraftLength | None = None,
         cutoff_layer: int | None = None,
         prompt_chunk: int | None = None,
     ) -> None:
@@ -55,12 +53,13 @@ class Request:
         self._target = target
         self._draft = draft if draft_length != 0 else None
         self._runtime = runtime
-        self._draft_length = draft_length or 0
-        self._adaptive = lengths if draft_length is None and draft is not None else None
+        self._lengths: Sequence[int] = (0,) if draft is None else (draft_length or 0,)
+        if draft is not None and draft_length is None:
+            self._lengths = range(LONGEST + 1)
         self._planner = planner
         self._cutoff_layer = cutoff_layer
         self._prompt_chunk = prompt_chunk
-        self._limits: Limits | None = None  # of the running iteration
+        self._plan: Plan | None = None  # of the running iteration
         self._covered_rows = 0  # of the running verification, which the draft predicted for
         self._reread_rows = 0  # before these, which the target has read before
 
@@ -73,7 +72,9 @@ class Request:
         """
         target = cached(self._target.model)
         drafter = cached(self._draft) if self._draft is not None else None
-        adaptive = self._adaptive
+        worth_another = None
+        if self._planner is not None and len(self._lengths) > 1:
+            worth_another = self._planner.lengths.worth_another
         self._runtime.begin_request()
         counters: Counters | None = None
         finite = True
@@ -83,15 +84,13 @@ class Request:
             tokens,
             draft_length=lambda backlog, left: self._begin(target, drafter, backlog, left),
             max_length=max_length,
-            worth_another=adaptive.worth_another if adaptive is not None else None,
+            worth_another=worth_another,
             read_last=self._reads_last,
             process=request_processors(self._target.model, tokens, max_length),
             prompt_chunk=self._prompt_chunk,
         )
         for iteration in at_work(iterations):
             self._runtime.end_iteration(iteration.accepted)
-            if adaptive is not None and counters is not None:  # not a prefill
-                adaptive.observe(iteration)
             counters = self._observe(iteration, counters)
             self._covered_rows = 0
             if finite and not iteration.finite:
@@ -103,7 +102,7 @@ class Request:
 
     def wants(self, layer: int) -> bool:
         """Whether the policy would do anything about a prediction for ``layer`` now."""
-        return self._limits is None or self._limits.uses_prediction(self._runtime.traits, layer)
+        return self._plan is None or self._plan.uses_prediction(self._runtime.traits, layer)
 
     def cover_row(self) -> None:
         """Note that the draft predicted experts for one more row of the verification to come."""
@@ -118,34 +117,30 @@ class Request:
         self, target: CachedModel, drafter: CachedModel | None, backlog: int, left: int
     ) -> int:
         """Return how many tokens the coming iteration drafts; set what it may prefetch."""
-        length = self._draft_length
-        if self._adaptive is not None:
-            length = self._adaptive.choose(backlog, left)
-        if self._planner is not None:
-            limits = self._planner.limits(length if drafter is not None else 0)
-            if self._cutoff_layer is not None:
-                limits = replace(limits, cutoff_layer=self._cutoff_layer)
-            self._limits = limits
-            self._runtime.set_limits(
-                cutoff_layer=limits.cutoff_layer,
-                budget_bytes=limits.budget_bytes,
-                break_even=limits.break_even,
-            )
         if drafter is not None:
             self._reread_rows = backlog + drafter.length - target.length
-        return length
+        if self._planner is None:
+            return self._lengths[0]
+        plan = self._planner.plan(self._lengths, backlog=backlog, left=left)
+        if self._cutoff_layer is not None:
+            plan = replace(plan, cutoff_layer=self._cutoff_layer)
+        self._plan = plan
+        self._runtime.set_limits(
+            cutoff_layer=plan.cutoff_layer,
+            budget_bytes=plan.budget_bytes,
+            break_even=plan.break_even,
+        )
+        return plan.choice.length
 
     def _observe(self, iteration: speculative.Iteration, before: Counters | None) -> Counters:
         """Report an iteration to the planner; a prefill, which has none before it, is left out."""
         after = self._runtime.counters()
-        if self._planner is not None and before is not None:
-            self._planner.observe(
-                iteration, after - before, read_last=self._reads_last(), reread=iteration.reread
-            )
+        if self._planner is not None and self._plan is not None and before is not None:
+            self._planner.observe(self._plan, iteration, after - before)
         return after
 
     def _reads_last(self) -> bool:
-        return self._limits is not None and self._limits.read_last
+        return self._plan is not None and self._plan.read_last
 
     def _nonfinite_place(self) -> str:
         """Say where weights are not finite, as those of a damaged disk are."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spmoe import cli, planner, report
+from spmoe import cli, planner, prior, report
 from spmoe.bench import bench
 from spmoe.bench.bounds import slot_bound_s
 from spmoe.bench.cell import Tally
@@ -34,8 +33,8 @@ KEYS = {
 def prefetching_pays() -> Iterator[None]:
     """For models so small what is measured says now this, now that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "_DOUBTFUL_SHARE", math.inf)
-        patch.setattr(planner, "break_even", lambda **_: 0.2)
+        for module in (planner, prior):
+            patch.setattr(module, "break_even", lambda **_: 0.2)
         yield
 
 

@@ -74,7 +74,8 @@ def test_cutoff_sweep(target_path: Path, prompts: Path, tmp_path: Path) -> None:
     printed = run("cutoff_sweep.py", *models, *options, *files)
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:5] == ["0", "2", "3"]  # every second layer, and all of them
-    assert rows[5].startswith("chosen: ")
+    assert rows[5].startswith("least-wait: ")
+    assert rows[6].startswith("paper: ")
     assert (tmp_path / "sweep.md").read_text().endswith(printed)
     assert "<svg" in (tmp_path / "sweep.svg").read_text()
 

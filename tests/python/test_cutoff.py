@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from spmoe.costs import Costs, interpolate
-from spmoe.cutoff import break_even, byte_budget, cutoff_layer, deadlines, waits_s
+from spmoe.cutoff import (
+    break_even,
+    byte_budget,
+    cutoff_layer,
+    deadlines,
+    paper_cutoff_layer,
+    waits_s,
+)
 
 MIB = 1 << 20
 
@@ -228,6 +235,43 @@ class TestCutoffLayer:
             by_memory = free_bytes // (k * 16 * MIB)
             found = cutoff_layer(waits_s(due, [k] * layers, measured, free_bytes=free_bytes))
             assert found == min(by_time, by_memory, layers), f"{seed=}"
+
+
+class TestPaperCutoffLayer:
+    TICK = 2.0**-10
+
+    @pytest.mark.parametrize(
+        ("drafting", "experts", "expected"),
+        [
+            (20, 999, 10),  # time: 20 / 2
+            (21, 999, 10),  # the eleventh layer arrives late
+            (20, 7, 3),  # memory: 7 / 2
+            (20, 1, 0),
+            (0, 999, 0),
+            (999, 999, 26),  # never past the last layer
+        ],
+    )
+    def test_it_is_the_tighter_of_time_and_memory(
+        self, drafting: float, experts: int, expected: int
+    ) -> None:
+        due = [(drafting + layer) * self.TICK for layer in range(26)]
+        measured = costs(copy_s={8: 8 * self.TICK})
+        assert paper_cutoff_layer(due, 2, measured, free_bytes=experts * 16 * MIB) == expected
+
+    def test_a_free_link_is_bounded_by_memory_alone(self) -> None:
+        free_link = costs(copy_s={8: 0.0})
+        assert paper_cutoff_layer([0.0] * 26, 2, free_link, free_bytes=10 * 16 * MIB) == 5
+
+    def test_ours_is_as_deep_or_deeper_where_predictions_are_right(self) -> None:
+        for seed in range(200):
+            rng = random.Random(seed)
+            layers, k, steps = rng.randint(1, 60), rng.randint(1, 8), rng.randint(0, 8)
+            free_bytes = rng.randint(0, layers * k * 16 * MIB * 2)
+            measured = costs(draft_s=rng.uniform(0, 0.06), layer_s={1: rng.uniform(0, 0.01)})
+            due = deadlines(measured, draft_steps=steps, rows=steps + 1, layer_count=layers)
+            paper = paper_cutoff_layer(due, k, measured, free_bytes=free_bytes)
+            ours = cutoff_layer(waits_s(due, [k] * layers, measured, free_bytes=free_bytes))
+            assert ours >= paper, f"{seed=}"
 
 
 class TestBreakEven:

@@ -34,16 +34,17 @@ MAY_IMPORT = {
     },
 }
 PURE = {
-    "confidence",
+    "acceptance",
     "config",
     "costs",
     "cutoff",
     "draft_length",
-    "fading",
+    "ema",
     "generation",
     "machine",
     "metrics",
     "planner",
+    "prior",
     "turns",
 }  # neither torch nor _core
 

@@ -19,7 +19,9 @@ from spmoe import whole_file
 from spmoe.costs import Costs
 from spmoe.layer_map import LayerMap
 from spmoe.models.loading import load_draft, load_target
-from spmoe.planner import Planner, Shape
+from spmoe.planner import Planner
+from spmoe.policies import traits_of
+from spmoe.prior import Shape
 from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
 from spmoe.settings import Settings
 
@@ -100,7 +102,7 @@ def test_random_damage_is_never_an_error_and_what_is_read_can_be_planned_with(
             assert "estimating instead" in caplog.text
         else:
             assert not caplog.records, seed
-            Planner(costs, shape, policy="horizon").limits(4)
+            Planner(costs, shape, policy=traits_of("horizon")).plan((4,))
     assert refused > len(SEEDS) / 2
 
 

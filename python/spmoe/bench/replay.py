@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ import torch
 from spmoe.bench.scripted import Experts, Request, ScriptedIteration
 from spmoe.costs import Costs
 from spmoe.counters import Counters
-from spmoe.planner import Planner, Shape
+from spmoe.planner import Planner
 from spmoe.predictor import join
+from spmoe.prior import Shape
 from spmoe.runtime import Runtime
+from spmoe.speculative import Iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +48,6 @@ class Tensors:
         """Wait until everything that was begun has been computed."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Took:
-    """What an iteration came to, for the planner; see `spmoe.draft_length.Measured`."""
-
-    drafted: int
-    accepted: int
-    backlog: int
-    pass_s: tuple[float, ...]
-    draft_s: float
-    verify_s: float
-    probabilities: tuple[float, ...] = ()
 
 
 class Replay:
@@ -101,14 +90,14 @@ class Replay:
     def _iterate(self, iteration: ScriptedIteration) -> float:
         runtime, planner = self.runtime, self.planner
         before = runtime.counters()
-        limits = planner.limits(iteration.drafted)
+        plan = planner.plan((iteration.drafted,))
         runtime.set_limits(
-            cutoff_layer=limits.cutoff_layer,
-            budget_bytes=limits.budget_bytes,
-            break_even=limits.break_even,
+            cutoff_layer=plan.cutoff_layer,
+            budget_bytes=plan.budget_bytes,
+            break_even=plan.break_even,
         )
         told = [
-            limits.uses_prediction(runtime.traits, layer)
+            plan.uses_prediction(runtime.traits, layer)
             for layer in range(runtime.store.layer_count)
         ]
         sources = runtime.traits.reads
@@ -129,8 +118,16 @@ class Replay:
         used = runtime.counters() - before
         draft_s = drafted - start
         passes = (draft_s / iteration.drafted,) * iteration.drafted if iteration.drafted else ()
-        took = _Took(iteration.drafted, iteration.accepted, 0, passes, draft_s, verified - drafted)
-        planner.observe(took, used, read_last=False)
+        took = Iteration(
+            tokens=[0] * (iteration.accepted + 1),
+            logits=torch.empty(0),
+            drafted=iteration.drafted,
+            pass_s=passes,
+            draft_s=draft_s,
+            verify_s=verified - drafted,
+            end_s=verified,
+        )
+        planner.observe(replace(plan, read_last=False), took, used)  # no draft reads anything
         return verified - start
 
     def _verify(self, iteration: ScriptedIteration, told: Sequence[bool], first_row: int) -> None:

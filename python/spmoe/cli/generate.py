@@ -149,7 +149,7 @@ def _why_plain(engine: Engine, figures: dict[str, Any], no_speculation: bool) ->
         return f"decoded plainly: {engine.draft_note}"
     if engine.draft_length == 0:
         return "decoded plainly: draft length 0"
-    from spmoe.engine import PLAIN_FIRST
+    from spmoe.planner import PLAIN_FIRST
 
     if figures["iterations"] <= 1 + PLAIN_FIRST:
         return "decoded plainly: the text ended before a draft was tried"
