@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'evictions', 'policies']
+__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'Counters', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'evictions', 'policies']
 class Error(Exception):
     pass
 class InvalidArgument(Error, ValueError):
@@ -91,6 +91,99 @@ class ExpertStore:
     @property
     def total_bytes(self) -> int:
         ...
+class Counters:
+    """
+    Counters of a runtime, over all its layers; a difference says what happened meanwhile.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __add__(self, other: Counters) -> Counters:
+        ...
+    def __eq__(self, other: Counters) -> bool:
+        ...
+    def __init__(self, **kwargs) -> None:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __sub__(self, other: Counters) -> Counters:
+        ...
+    def add(self, other: Counters) -> None:
+        """
+        Add `other` in place.
+        """
+    def as_dict(self) -> dict:
+        """
+        All counters by name.
+        """
+    @property
+    def accepted(self) -> int:
+        ...
+    @property
+    def cancelled(self) -> int:
+        ...
+    @property
+    def cancelled_bytes(self) -> int:
+        ...
+    @property
+    def compute_s(self) -> float:
+        ...
+    @property
+    def critical(self) -> int:
+        ...
+    @property
+    def demand_bytes(self) -> int:
+        ...
+    @property
+    def hits(self) -> int:
+        ...
+    @property
+    def iterations(self) -> int:
+        ...
+    @property
+    def late(self) -> int:
+        ...
+    @property
+    def link_busy_s(self) -> float:
+        ...
+    @property
+    def link_bytes(self) -> int:
+        ...
+    @property
+    def misses(self) -> int:
+        ...
+    @property
+    def needed(self) -> int:
+        """
+        Experts that layers asked for.
+        """
+    @property
+    def predicted_needs(self) -> int:
+        ...
+    @property
+    def predictions(self) -> int:
+        ...
+    @property
+    def prefetch_bytes(self) -> int:
+        ...
+    @property
+    def prefetch_used_bytes(self) -> int:
+        ...
+    @property
+    def prefetch_wasted_bytes(self) -> int:
+        """
+        Moved on a prediction and not used (yet).
+        """
+    @property
+    def recalled(self) -> int:
+        ...
+    @property
+    def recalled_2k(self) -> int:
+        ...
+    @property
+    def repeated(self) -> int:
+        ...
+    @property
+    def stall_s(self) -> float:
+        ...
 class Runtime:
     """
     The native runtime; see `spmoe.Runtime`, which checks its arguments.
@@ -104,6 +197,8 @@ class Runtime:
         Per bucket of scores: (score_from, weight of predictions, of these used).
         """
     def close(self) -> None:
+        ...
+    def counters(self) -> Counters:
         ...
     def end_iteration(self, accepted: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...

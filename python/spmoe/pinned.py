@@ -8,7 +8,6 @@ from spmoe.config import format_bytes, parse_memory
 from spmoe.errors import OutOfMemory
 from spmoe.machine import read_memory
 
-_NAME = "pinned_memory"  # of the setting
 _PINNED_SHARE = 0.8  # of the memory that is available: the system and others need some
 
 
@@ -29,10 +28,10 @@ def pinned_budget(asked: int | str, total_bytes: int, device: torch.device) -> i
     usable = read_memory().usable_bytes
     if asked == "auto":
         return total_bytes if usable is None else min(total_bytes, int(usable * _PINNED_SHARE))
-    wanted = min(parse_memory(asked, total_bytes, setting=_NAME, least=0), total_bytes)
+    wanted = min(parse_memory(asked, total_bytes, setting="pinned_memory", least=0), total_bytes)
     if usable is not None and wanted > usable:
         raise OutOfMemory(
-            f"{_NAME} of {format_bytes(wanted)} asked, but {format_bytes(usable)} of RAM "
-            f'are available; lower {_NAME}, or give "auto": what fits'
+            f"pinned_memory of {format_bytes(wanted)} asked, but {format_bytes(usable)} of RAM "
+            f'are available; lower it, or give "auto": what fits'
         )
     return wanted

@@ -163,9 +163,9 @@ TEST_P(PrefetchPolicyContract, demands_are_left_alone) {
   policy.predict(2, Scores(expert_count, 0.0F));
   policy.need(0, {1});
   policy.end_iteration();
-  ASSERT_FALSE(policy.queue.empty());
-  EXPECT_EQ(policy.queue.front().expert, (ExpertId{2, 1}));
-  EXPECT_EQ(policy.queue.front().kind, FillKind::demand);
+  ASSERT_GT(policy.queue.size(), 0U);
+  EXPECT_EQ(policy.queue[0].expert, (ExpertId{2, 1}));
+  EXPECT_EQ(policy.queue[0].kind, FillKind::demand);
 }
 
 TEST_P(PrefetchPolicyContract, the_same_history_gives_the_same_prefetches) {
@@ -324,7 +324,7 @@ TEST(Horizon, what_was_moved_since_leaves_less_of_the_budget) {
   }
   // Nothing whole fits any more, so that both stand back, in the order of layers.
   EXPECT_EQ(policy.waiting(), (Ids{{0, 0}, {2, 1}}));
-  EXPECT_GE(policy.queue.front().order, layer_count);
+  EXPECT_GE(policy.queue[0].order, layer_count);
   policy.limits.moved_bytes = blob_bytes;
   policy.predict(0, Scores{0.0F, 0, 0, 0, 0, 0});
   EXPECT_EQ(policy.waiting(), (Ids{{2, 1}, {0, 0}}));
@@ -343,7 +343,7 @@ TEST(Horizon, plans_no_copy_of_what_is_resident) {
   policy.world.make_resident({1, 0});
   policy.predict(1, Scores{1.5F, 1.5F, 0, 0, 0, 0});
   EXPECT_EQ(policy.waiting(), (Ids{{1, 1}}));  // which has the budget to itself
-  EXPECT_LT(policy.queue.front().order, layer_count);
+  EXPECT_LT(policy.queue[0].order, layer_count);
 }
 
 TEST(Horizon, asks_to_keep_what_is_resident_if_it_is_likelier_used_than_not) {
@@ -391,7 +391,7 @@ TEST(Horizon, finishes_what_it_would_admit_into_an_empty_slot) {
 TEST(Horizon, the_end_of_the_iteration_withdraws_its_prefetches) {
   Driven policy{"horizon"};
   policy.predict(1, Scores(expert_count, 1.5F));
-  EXPECT_FALSE(policy.queue.empty());
+  EXPECT_GT(policy.queue.size(), 0U);
   policy.end_iteration();
   EXPECT_EQ(policy.waiting(), Ids{});
 }

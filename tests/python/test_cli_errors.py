@@ -20,6 +20,7 @@ import pytest
 import spmoe
 from spmoe.cli.progress import progress_bar
 from spmoe.policies import EVICTIONS, POLICIES
+from spmoe.prior import Choice
 
 
 @pytest.fixture
@@ -279,7 +280,8 @@ class TestTable:
     def test_it_says_that_drafting_does_not_pay(
         self, run: Any, target_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("spmoe.draft_length.DraftLength.choose", lambda *_, **__: 0)
+        plain = Choice(0, prefetch=False)
+        monkeypatch.setattr("spmoe.draft_length.DraftLength.choose", lambda *_, **__: plain)
         command = ("generate", target_path, "--draft-model", target_path, "-p", "Hi", "-n")
         text = run(*command, 12, "--expert-memory", "25%", COLUMNS="120").err
         assert re.search(r"drafting does not pay on this link, \d+\.\d GB/s", text)

@@ -305,7 +305,9 @@ def test_counters_are_the_stats_of_all_layers(store: Any, call: dict[str, Any]) 
         runtime.predict(0, np.full(8, 2.0))
         runtime.forward(**call)
         runtime.end_iteration(2)
-        stats, counters = runtime.stats(by_layer=False), runtime.counters()
+        counters = None
+        while counters != (before := runtime.counters()):  # until every prefetch has ended
+            counters, stats = before, runtime.stats(by_layer=False)
     names = counters.as_dict()
     assert {name: stats[name] for name in names if name != "prefetch_bytes"} == {
         name: value for name, value in names.items() if name != "prefetch_bytes"
