@@ -232,7 +232,7 @@ class Runtime(Closeable):
             top_k_index = _readable(top_k_index.to(self.device, torch.int64))
             top_k_weights = _readable(top_k_weights)
             if self._custom is not None and x.shape[0] <= MAX_ROWS:
-                self._plan("access", layer, experts=top_k_index.unique().cpu().numpy())
+                self._plan("access", layer, experts=torch.unique(top_k_index).cpu().numpy())
             out = torch.empty_like(x)
             self._native.forward(
                 layer,

@@ -43,6 +43,21 @@ class SettingNames(RuntimeSettingNames, total=False):
     max_context: int | None
 
 
+class LoadSettingNames(TypedDict, total=False):
+    """Keywords of `Settings` that `load` takes."""
+
+    expert_memory: int | str
+    device: str
+    pinned_memory: int | str
+    draft_length: int | str
+    policy: str | Policy
+    eviction: str
+    dtype: torch.dtype | str | None
+    max_context: int | None
+    link_gbps: float
+    trace_spans: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How a model is to run; reads no model.
@@ -110,7 +125,7 @@ class Settings:
     @property
     def place(self) -> torch.device:
         """The device, as torch has it."""
-        return torch.device("cpu" if self.device == "host" else self.device)
+        return resolve_device(self.device)
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

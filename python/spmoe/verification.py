@@ -19,7 +19,7 @@ from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.models.text import Prompt
 from spmoe.progress import Progress, silent
-from spmoe.settings import SettingNames
+from spmoe.settings import LoadSettingNames
 
 _DRAFT_LENGTH = 4  # unless another is given: "auto" might draft nothing, and prove nothing of it
 _LIKELIEST = 8  # scores kept of each row: a token further down is no near tie
@@ -113,7 +113,7 @@ def verify(
     *,
     max_new_tokens: int = 64,
     progress: Progress | None = None,
-    **settings: Unpack[SettingNames],
+    **settings: Unpack[LoadSettingNames],
 ) -> Verification:
     """Decode each prompt three ways and compare the tokens.
 
