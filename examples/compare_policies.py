@@ -13,7 +13,7 @@ from rich.table import Table
 
 from spmoe.bench import bench
 from spmoe.cli.progress import progress_bar
-from spmoe.demo import ensure_pair
+from spmoe.demo.pair import ensure_pair
 from spmoe.prompts import load_prompts
 
 LINK_GBPS = 1.0  # slower than two cores compute, as a PCIe link is beside a GPU
