@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import traceback
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -56,13 +57,22 @@ class _Work:
     def forget(self) -> None:
         """Begin anew: in a forked child, which has none of these threads."""
         self.count = 0
+        self.ending = False
         self.changed = threading.Condition()
 
     def __enter__(self) -> None:
         with self.changed:
             self.count += 1
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.ending and trace is not None:
+            # torch gives the GIL up to free a tensor that a failed frame still holds.
+            traceback.clear_frames(trace)
         with self.changed:
             self.count -= 1
             self.changed.notify_all()
@@ -93,6 +103,7 @@ def at_work(items: Iterator[Item]) -> Iterator[Item]:
 
 @atexit.register
 def _close_all() -> None:
+    working.ending = True
     for closeable in list(_to_close):
         closeable.close()
     working.wait()

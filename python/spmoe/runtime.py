@@ -228,24 +228,33 @@ class Runtime(Closeable):
                     "call under torch.no_grad() or torch.inference_mode(), or detach it"
                 )
         with working:
-            x = _readable(x)
-            top_k_index = _readable(top_k_index.to(self.device, torch.int64))
-            top_k_weights = _readable(top_k_weights)
-            if self._custom is not None and x.shape[0] <= MAX_ROWS:
-                self._plan("access", layer, experts=torch.unique(top_k_index).cpu().numpy())
-            out = torch.empty_like(x)
-            self._native.forward(
-                layer,
-                x.shape[0],
-                top_k_index.shape[1],
-                x.data_ptr(),
-                _DTYPE_NAMES[x.dtype],
-                top_k_index.data_ptr(),
-                top_k_weights.data_ptr(),
-                _DTYPE_NAMES[top_k_weights.dtype],
-                out.data_ptr(),
-                self._consumer(),
-            )
+            return self._compute(layer, x, top_k_index, top_k_weights)
+
+    def _compute(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        x = _readable(x)
+        top_k_index = _readable(top_k_index.to(self.device, torch.int64))
+        top_k_weights = _readable(top_k_weights)
+        if self._custom is not None and x.shape[0] <= MAX_ROWS:
+            self._plan("access", layer, experts=torch.unique(top_k_index).cpu().numpy())
+        out = torch.empty_like(x)
+        self._native.forward(
+            layer,
+            x.shape[0],
+            top_k_index.shape[1],
+            x.data_ptr(),
+            _DTYPE_NAMES[x.dtype],
+            top_k_index.data_ptr(),
+            top_k_weights.data_ptr(),
+            _DTYPE_NAMES[top_k_weights.dtype],
+            out.data_ptr(),
+            self._consumer(),
+        )
         return out
 
     def begin_request(self) -> None:

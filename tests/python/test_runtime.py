@@ -499,7 +499,6 @@ for runtime in (open_runtime("13%", link_gbps=0.003), open_runtime("100%")):
 """
 
 
-@pytest.mark.xfail(strict=False, reason="open: on some runs the thread still aborts the exit")
 def test_daemon_threads_in_a_layer_do_not_abort_the_exit(target_path: Path) -> None:
     printed = run_python(target_path, _DAEMONS)
     assert set(printed.splitlines()) <= {"this Runtime is closed; make a new one"}
@@ -527,7 +526,6 @@ begun.wait()
 """
 
 
-@pytest.mark.xfail(strict=False, reason="open: on some runs the thread still aborts the exit")
 def test_a_daemon_thread_in_torch_does_not_abort_the_exit(target_path: Path) -> None:
     printed = run_python(target_path, _DAEMON_IN_TORCH)
     assert printed == "this Runtime is closed; make a new one\n"
