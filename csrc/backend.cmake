@@ -6,7 +6,7 @@ target_link_libraries(spmoe_backend PUBLIC spmoe_core PRIVATE spmoe_options)
 set(SPMOE_CUDA_DEVICE
     ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_batch_copy.cpp
     ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_device.cpp
-    ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_marks.cpp
+    ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_events.cpp
     ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda_movers.cpp
     CACHE INTERNAL "What the tests also build, over a fake CUDA runtime")
 if(SPMOE_WITH_CUDA)

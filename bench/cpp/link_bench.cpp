@@ -6,9 +6,9 @@
 // `of_peak` is a share of them. Every page is touched before. Keep the JSON with
 // --benchmark_out=FILE.
 //
-//   copy/<size>/batch:<n>   n blobs handed over at once, until they have landed
+//   copy/<size>/batch:<n>   n blobs handed over at once, until they have arrived
 //   submit/batch:<n>        what a blob costs beside its bytes: blobs of 4 KiB
-//   mark                    one mark on a stream of the consumer, and the wait for it
+//   event                   one event on a stream of the consumer, and the wait for it
 //   overlap/<shape>         copies and compute together; overlap is the share of the shorter of the
 //                           two that the longer hides
 //   ffn/<shape>/rows:<n>    one expert over n rows
@@ -20,11 +20,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -34,6 +36,7 @@
 #include "compute/cuda_layer_compute.hpp"
 #include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
+#include "device/copy_engine.hpp"
 #include "device/make_device.hpp"
 
 namespace spmoe {
@@ -89,8 +92,14 @@ class Copies {
         count_{count},
         source_{device, blob_bytes * count},
         place_{device, blob_bytes * count},
-        stream_{device.make_stream(StreamPriority::demand)} {
-    land(count);
+        engine_{make_movers(device, {}),
+                static_cast<SlotIndex>(count),
+                {},
+                [this](const Completion& completion) { on_completion(completion); }} {
+    for (std::size_t i = 0; i < count; ++i) {
+      sources_.push_back(source_.at(i * blob_bytes_, blob_bytes_));
+    }
+    copy(count);
   }
 
   [[nodiscard]] const std::byte* place(std::size_t index) const {
@@ -98,39 +107,48 @@ class Copies {
   }
   [[nodiscard]] std::size_t count() const { return count_; }
 
-  /// Hands over the next `batch` blobs, each a batch of the stream. Returns their number.
+  /// Hands over the next `batch` blobs at once. Returns their number.
   std::size_t submit(std::size_t batch) {
-    ops_.clear();
-    batches_.clear();
+    copies_.clear();
     for (std::size_t i = 0; i < batch; ++i, next_ = (next_ + 1) % count_) {
-      ops_.push_back(
-          {place_.data() + next_ * blob_bytes_, source_.at(next_ * blob_bytes_, blob_bytes_)});
+      copies_.push_back({static_cast<SlotIndex>(next_),
+                         CopyPriority::demand,
+                         place_.data() + next_ * blob_bytes_,
+                         {&sources_[next_], 1},
+                         0});
     }
-    for (const CopyOp& op : ops_) batches_.push_back({{&op, 1}, 0});
-    static_cast<void>(stream_->submit(batches_));
+    engine_.submit(copies_);
     return batch;
   }
   void wait(std::size_t batch) {
-    while (batch > 0) {
-      const BatchNotice notice = stream_->next_notice();
-      if (notice.what == BatchNotice::What::issued) continue;
-      if (notice.what != BatchNotice::What::landed) {
-        throw DeviceError{"a copy failed: " + notice.error};
-      }
-      --batch;
-    }
+    std::unique_lock lock{mutex_};
+    arrived_.wait(lock, [&] { return ended_ >= batch; });
+    ended_ -= batch;
+    if (!error_.empty()) throw DeviceError{"a copy failed: " + error_};
   }
-  void land(std::size_t batch) { wait(submit(std::min(batch, count_))); }
+  void copy(std::size_t batch) { wait(submit(std::min(batch, count_))); }
 
  private:
+  void on_completion(const Completion& completion) {
+    if (completion.outcome == Completion::Outcome::issued) return;
+    const std::scoped_lock lock{mutex_};
+    ++ended_;
+    error_ += completion.error;
+    arrived_.notify_all();
+  }
+
   std::size_t blob_bytes_;
   std::size_t count_;
   std::size_t next_ = 0;
   PinnedBlobs source_;
   Buffer place_;
-  std::vector<CopyOp> ops_;
-  std::vector<CopyBatch> batches_;
-  std::unique_ptr<Stream> stream_;  // ends before its memory
+  std::vector<Extent> sources_;  // by slot
+  std::vector<SlotCopy> copies_;
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  std::size_t ended_ = 0;  // and not waited for
+  std::string error_;
+  CopyEngine engine_;  // ends before its memory
 };
 
 /// What the device does at its best, in bytes a second.
@@ -150,7 +168,7 @@ Peaks measure_peaks(Device& device) {
   Peaks peaks;
   for (int i = 0; i < 5; ++i) {
     const auto size = static_cast<double>(bytes);
-    peaks.link = std::max(peaks.link, size / seconds_of([&] { copies.land(1); }));
+    peaks.link = std::max(peaks.link, size / seconds_of([&] { copies.copy(1); }));
     peaks.memory = std::max(peaks.memory, 2 * size / seconds_of(copy_within));
   }
   return peaks;
@@ -168,7 +186,7 @@ void copy_bench(benchmark::State& state, Device& device, const Peaks& peaks, std
   double runs = 0;
   double seconds = 0;
   for (auto _ : state) {
-    seconds += seconds_of([&] { copies.land(batch); });
+    seconds += seconds_of([&] { copies.copy(batch); });
     ++runs;
   }
   count_bytes(state, static_cast<double>(bytes * batch), seconds / runs, peaks.link);
@@ -188,8 +206,8 @@ void submit_bench(benchmark::State& state, Device& device, std::size_t batch) {
   state.counters["us_a_blob"] = (handing_over + seconds) / blobs * 1e6;
 }
 
-void mark_bench(benchmark::State& state, Device& device) {
-  for (auto _ : state) device.wait(device.mark(0));
+void event_bench(benchmark::State& state, Device& device) {
+  for (auto _ : state) device.wait(device.record_event(0));
 }
 
 struct Shape {
@@ -240,7 +258,7 @@ class Layer {
     compute_->run({&task, 1});
     compute_->end();
   }
-  void finish() { device_.wait(device_.mark(0)); }
+  void finish() { device_.wait(device_.record_event(0)); }
 
  private:
   Device& device_;
@@ -278,14 +296,14 @@ void overlap_bench(benchmark::State& state, Device& device, const BlobFormat& fo
     layer.finish();
   };
   compute(1);
-  const double copy_s = seconds_of([&] { copies.land(blobs); });
+  const double copy_s = seconds_of([&] { copies.copy(blobs); });
   const double expert_s = seconds_of([&] { compute(8); }) / 8;
   const int experts = static_cast<int>(std::clamp(copy_s / expert_s, 1.0, 10'000.0));
   double copying = 0;
   double computing = 0;
   double both = 0;
   for (auto _ : state) {
-    copying += seconds_of([&] { copies.land(blobs); });
+    copying += seconds_of([&] { copies.copy(blobs); });
     computing += seconds_of([&] { compute(experts); });
     both += seconds_of([&] {
       copies.submit(blobs);
@@ -314,7 +332,7 @@ void register_all(Device& device, const Peaks& peaks) {
     add("submit/batch:" + std::to_string(batch),
         [&, batch](benchmark::State& s) { submit_bench(s, device, batch); });
   }
-  add("mark", [&](benchmark::State& s) { mark_bench(s, device); });
+  add("event", [&](benchmark::State& s) { event_bench(s, device); });
   for (const Shape& shape : shapes) {
     if (2 * shape.format.bytes() > largest) continue;  // fewer would rest in a cache
     add(std::string{"overlap/"} + shape.name,
@@ -349,7 +367,7 @@ int run(int argc, char** argv) {
   const std::string name = take_device(argc, argv);
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  const auto device = make_device(name, {});
+  const auto device = make_device(name);
   const Peaks peaks = measure_peaks(*device);
   benchmark::AddCustomContext("device", std::string{device->name()});
   benchmark::AddCustomContext("link_peak", in_gb(peaks.link));

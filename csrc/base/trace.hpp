@@ -12,9 +12,12 @@ namespace spmoe {
 /// What a span of time went into.
 enum class Lane : std::uint8_t { compute, wait, demand, prefetch };
 
-/// Seconds of a monotonic clock; on Linux the one that Python's time.perf_counter reads.
+/// Seconds of the monotonic clock; on Linux the one that Python's time.perf_counter reads.
+[[nodiscard]] inline double to_seconds(std::chrono::steady_clock::time_point time) noexcept {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
+}
 [[nodiscard]] inline double now_s() noexcept {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return to_seconds(std::chrono::steady_clock::now());
 }
 
 /// One piece of work. A span that concerns a whole layer has expert 0xFFFF.

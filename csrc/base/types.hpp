@@ -16,8 +16,9 @@ struct ExpertId {
 /// Index of a slot: device memory that holds exactly one expert.
 using SlotIndex = std::uint32_t;
 
-/// Number of a batch in its stream's history, from 1.
-using Fence = std::uint64_t;
+/// Number of an event on a stream of a consumer of device memory (a cudaStream_t, e.g. torch's):
+/// all work queued there before. 0 has passed, and so has every event of a device without streams.
+using EventId = std::uint64_t;
 
 /// A run of bytes at rest: in memory (`data` set) or in an open file (`data` null).
 struct Extent {

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "bindings/bind.hpp"
 #include "bindings/bound_store.hpp"
 #include "bindings/unlocked.hpp"
+#include "device/faulty_movers.hpp"
 #include "runtime/counters.hpp"
 #include "runtime/runtime.hpp"
 
@@ -127,6 +129,15 @@ using RuntimePtr = std::unique_ptr<Runtime, RuntimeDeleter>;
 }  // namespace
 
 void bind_runtime(py::module_& m) {
+  py::class_<FaultPlan, std::shared_ptr<FaultPlan>>(
+      m, "FaultPlan", "Faults that a test plants in the links of the runtimes it gives this to.")
+      .def(py::init())
+      .def(
+          "plant",
+          [](FaultPlan& plan, std::uint64_t fail_at_chunk, std::uint32_t delay_seed,
+             std::uint32_t max_delay_us) { plan.plant({fail_at_chunk, delay_seed, max_delay_us}); },
+          py::arg("fail_at_chunk") = 0U, py::arg("delay_seed") = 0U, py::arg("max_delay_us") = 0U,
+          "From now on the n-th chunk fails, once, and chunks wait a random time.");
   py::class_<Runtime, RuntimePtr>(
       m, "Runtime", "The native runtime; see `spmoe.Runtime`, which checks its arguments.")
       .def(py::init([](const BoundStore& bound, std::uint64_t expert_memory_bytes,
@@ -134,7 +145,8 @@ void bind_runtime(py::module_& m) {
                        float limit, unsigned compute_threads, unsigned copy_threads,
                        double link_gbps, std::string isa, std::string policy, std::string eviction,
                        std::size_t trace_spans, std::string device,
-                       std::uint64_t pinned_memory_bytes, const py::object& pinned_progress) {
+                       std::uint64_t pinned_memory_bytes, const py::object& pinned_progress,
+                       std::shared_ptr<FaultPlan> faults) {
              auto store = bound.get();
              RuntimeOptions options;
              options.expert_memory_bytes = expert_memory_bytes;
@@ -148,6 +160,7 @@ void bind_runtime(py::module_& m) {
              options.pinned_memory_bytes = pinned_memory_bytes;
              options.link.copy_threads = copy_threads;
              options.link.link_gbps = link_gbps;
+             options.link.faults = std::move(faults);
              Unlocked unlocked;
              if (!pinned_progress.is_none()) {
                options.pinned_progress = [&](std::uint64_t done_bytes, std::uint64_t total_bytes) {
@@ -162,7 +175,8 @@ void bind_runtime(py::module_& m) {
            py::arg("link_gbps") = 0.0, py::arg("isa") = "auto",
            py::arg("policy") = PolicyNames{}.prefetch, py::arg("eviction") = PolicyNames{}.eviction,
            py::arg("trace_spans") = 0U, py::arg("device") = "host",
-           py::arg("pinned_memory_bytes") = 0U, py::arg("pinned_progress") = py::none())
+           py::arg("pinned_memory_bytes") = 0U, py::arg("pinned_progress") = py::none(),
+           py::arg("faults") = py::none())
       .def(
           "forward",
           [](Runtime& runtime, std::uint16_t layer, std::uint32_t tokens, std::uint32_t k,
@@ -278,14 +292,6 @@ void bind_runtime(py::module_& m) {
       .def("end_iteration", &Runtime::end_iteration, py::arg("accepted"),
            py::call_guard<Unlocked>())
       .def("reset", &Runtime::reset, py::call_guard<Unlocked>())
-      .def(
-          "inject",
-          [](Runtime& runtime, std::uint64_t fail_at_copy, std::uint32_t delay_seed,
-             std::uint32_t max_delay_us) {
-            runtime.inject({fail_at_copy, delay_seed, max_delay_us});
-          },
-          py::arg("fail_at_copy") = 0U, py::arg("delay_seed") = 0U, py::arg("max_delay_us") = 0U,
-          "Plant faults in the link, for tests: the n-th piece fails, pieces wait at random.")
       .def(
           "stats",
           [](const Runtime& runtime, bool by_layer) { return to_dict(runtime.stats(), by_layer); },

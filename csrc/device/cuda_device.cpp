@@ -6,16 +6,15 @@
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
-#include "device/copy_pool.hpp"
+#include "device/cuda_events.hpp"
 #include "device/cuda_handle.hpp"
-#include "device/cuda_marks.hpp"
 #include "device/cuda_movers.hpp"
 
 namespace spmoe {
 namespace {
 
 // A copy of this size hides what it costs to hand it over, and is short beside a layer.
-constexpr std::uint64_t cuda_piece_bytes = std::uint64_t{16} << 20;
+constexpr std::uint64_t cuda_chunk_bytes = std::uint64_t{16} << 20;
 
 constexpr int least_compute_capability = 8;  // what the kernels are compiled for, at least
 
@@ -23,12 +22,8 @@ cudaStream_t as_stream(std::uintptr_t consumer) { return reinterpret_cast<cudaSt
 
 class CudaDevice final : public Device {
  public:
-  CudaDevice(int index, const DeviceOptions& options)
-      : index_{index},
-        name_{"cuda:" + std::to_string(index)},
-        marks_{index},
-        movers_{index, options.piece_bytes, marks_, pinned_},
-        pool_{movers_, options} {}
+  explicit CudaDevice(int index)
+      : index_{index}, name_{"cuda:" + std::to_string(index)}, events_{index} {}
 
   std::string_view name() const noexcept override { return name_; }
 
@@ -69,22 +64,23 @@ class CudaDevice final : public Device {
     static_cast<void>(cudaFreeHost(data));
   }
 
-  std::unique_ptr<Stream> make_stream(StreamPriority priority) override {
-    return std::make_unique<PoolStream>(pool_, priority);
+  std::unique_ptr<ChunkMovers> make_movers(std::uint64_t chunk_bytes) override {
+    return std::make_unique<cuda::Movers>(index_, chunk_bytes == 0 ? cuda_chunk_bytes : chunk_bytes,
+                                          events_, pinned_);
   }
 
-  Mark mark(std::uintptr_t consumer) override {
-    return marks_.record(as_stream(consumer), HostWait::sleep);
+  EventId record_event(std::uintptr_t consumer) override {
+    return events_.record(as_stream(consumer), HostWait::sleep);
   }
 
-  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t consumer,
-                 HostWait how) override {
+  EventId read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t consumer,
+                    HostWait how) override {
     const cuda::CurrentDevice device{index_};  // whose default stream it is, if it is that
     cudaStream_t stream = as_stream(consumer);
     SPMOE_CUDA_TRY(cudaMemcpyAsync(pinned, data, bytes, cudaMemcpyDefault, stream));
-    return marks_.record(stream, how);
+    return events_.record(stream, how);
   }
-  void wait(Mark mark) override { marks_.wait(mark); }
+  void wait(EventId event) override { events_.wait(event); }
 
   std::string lost() const override {
     const cudaError_t status = cuda::context_status(index_);
@@ -93,16 +89,11 @@ class CudaDevice final : public Device {
            cuda::describe(status) + "): restart the process";
   }
 
-  LinkStats link_stats() const override { return pool_.stats(); }
-  void inject(const LinkFaults& faults) override { pool_.inject(faults); }
-
  private:
   const int index_;
   const std::string name_;
   cuda::PinnedRanges pinned_;
-  cuda::Marks marks_;
-  cuda::Movers movers_;
-  CopyPool pool_;
+  cuda::ConsumerEvents events_;
 };
 
 /// "13.0" of 13000.
@@ -184,12 +175,9 @@ void require_cuda_device(int index) {
   }
 }
 
-std::unique_ptr<Device> make_cuda_device(int index, const DeviceOptions& options) {
-  check(options);
+std::unique_ptr<Device> make_cuda_device(int index) {
   require_cuda_device(index);
-  DeviceOptions chosen = options;
-  if (chosen.piece_bytes == 0) chosen.piece_bytes = cuda_piece_bytes;
-  return std::make_unique<CudaDevice>(index, chosen);
+  return std::make_unique<CudaDevice>(index);
 }
 
 }  // namespace spmoe

@@ -23,9 +23,9 @@ struct CudaStatus {
 /// @throws DeviceError with `cuda_device_problem` unless that is empty.
 void require_cuda_device(int index);
 
-/// The CUDA device of that index. Copies go over streams of its own: what rests in pinned memory
-/// of the device directly, what rests in a file or elsewhere through pinned buffers.
-/// @throws DeviceError as `require_cuda_device`; InvalidArgument as `check`.
-[[nodiscard]] std::unique_ptr<Device> make_cuda_device(int index, const DeviceOptions& options);
+/// The CUDA device of that index. Copies go over streams of its own: bytes in pinned memory of the
+/// device directly, bytes in a file or elsewhere through pinned buffers.
+/// @throws DeviceError as `require_cuda_device`.
+[[nodiscard]] std::unique_ptr<Device> make_cuda_device(int index);
 
 }  // namespace spmoe

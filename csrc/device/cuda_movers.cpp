@@ -16,8 +16,8 @@
 namespace spmoe::cuda {
 namespace {
 
-// Prefetches are handed to the device two pieces ahead, so that it never idles and a demand has
-// little before it. Nothing goes before a demand, so as much of it as there is.
+// Prefetches are handed to the device two chunks ahead, so that it never idles and a demand has
+// little before it. Nothing goes before a demand, so as many chunks of it as there are.
 constexpr std::size_t prefetch_window = 2;
 constexpr std::size_t demand_window = 64;
 
@@ -43,24 +43,25 @@ struct Bounce {
   [[nodiscard]] std::byte* data() const { return static_cast<std::byte*>(memory.get()); }
 };
 
-class Mover final : public PieceMover {
+class Mover final : public ChunkMover {
  public:
-  Mover(int device_index, std::uint64_t bounce_bytes, Marks& marks, const PinnedRanges& pinned)
-      : device_index_{device_index}, marks_{marks}, pinned_{pinned}, stream_{make_stream()} {
+  Mover(int device_index, std::uint64_t bounce_bytes, ConsumerEvents& events,
+        const PinnedRanges& pinned)
+      : device_index_{device_index}, events_{events}, pinned_{pinned}, stream_{make_stream()} {
     for (std::size_t i = 0; i < bounce_buffers; ++i) ring_.emplace_back(bounce_bytes);
   }
   Mover(const Mover&) = delete;
   Mover& operator=(const Mover&) = delete;
   ~Mover() override { static_cast<void>(cudaStreamSynchronize(stream_.get())); }
 
-  BegunPiece begin(std::span<const Move> moves) override {
+  BegunChunk begin(std::span<const ChunkPart> parts) override {
     bool enqueued = false;
     try {
-      SPMOE_CUDA_TRY(cudaSetDevice(device_index_));  // the pool's own thread: nobody else minds
+      const CurrentDevice device{device_index_};
       Bounce* bounce = nullptr;
       batch_.clear();
-      for (const Move& move : moves) {
-        const Extent& src = move.op.src;
+      for (const ChunkPart& part : parts) {
+        const Extent& src = part.src;
         const std::byte* from = src.data == nullptr ? nullptr : src.data + src.offset;
         if (!pinned_.contains(from, src.bytes)) {
           bounce = &next_bounce();
@@ -69,24 +70,24 @@ class Mover final : public PieceMover {
           }
           from = bounce->data();
         }
-        batch_.add(move.op.dst, from, src.bytes);
+        batch_.add(part.dst, from, src.bytes);
       }
-      for (const Move& move : moves) marks_.make_stream_wait(stream_.get(), move.after);
+      for (const ChunkPart& part : parts) events_.make_stream_wait(stream_.get(), part.after);
       enqueued = true;
       batch_.enqueue(stream_.get());
       if (bounce != nullptr) SPMOE_CUDA_TRY(cudaEventRecord(bounce->copied.get(), stream_.get()));
-      return {reinterpret_cast<std::uintptr_t>(record_landing()), {}};
+      return {reinterpret_cast<std::uintptr_t>(record_arrival()), {}};
     } catch (const std::exception& error) {
-      // What was enqueued has nobody who waits for it.
+      // Nobody waits for the parts that were enqueued.
       if (enqueued) static_cast<void>(cudaStreamSynchronize(stream_.get()));
-      return {0, describe(error.what(), moves)};
+      return {0, describe(error.what(), parts)};
     }
   }
 
   std::string finish() override {
-    Event landing = under_way_.pop();
-    const cudaError_t status = cudaEventSynchronize(landing.get());
-    free_.push_back(std::move(landing));
+    Event arrival = in_flight_.pop();
+    const cudaError_t status = cudaEventSynchronize(arrival.get());
+    free_.push_back(std::move(arrival));
     if (status == cudaSuccess) return {};
     static_cast<void>(cudaGetLastError());
     return "a copy to cuda:" + std::to_string(device_index_) +
@@ -101,29 +102,29 @@ class Mover final : public PieceMover {
     return next;
   }
 
-  cudaEvent_t record_landing() {
+  cudaEvent_t record_arrival() {
     if (free_.empty()) free_.push_back(make_event(/*blocking=*/true));
     SPMOE_CUDA_TRY(cudaEventRecord(free_.back().get(), stream_.get()));
-    under_way_.push(std::move(free_.back()));
+    in_flight_.push(std::move(free_.back()));
     free_.pop_back();
-    return under_way_[under_way_.size() - 1].get();
+    return in_flight_[in_flight_.size() - 1].get();
   }
 
-  [[nodiscard]] std::string describe(const char* error, std::span<const Move> moves) const {
+  [[nodiscard]] std::string describe(const char* error, std::span<const ChunkPart> parts) const {
     std::uint64_t bytes = 0;
-    for (const Move& move : moves) bytes += move.op.src.bytes;
+    for (const ChunkPart& part : parts) bytes += part.src.bytes;
     return std::string{error} + ", copying " + format_bytes(bytes) +
            " to cuda:" + std::to_string(device_index_);
   }
 
   const int device_index_;
-  Marks& marks_;
+  ConsumerEvents& events_;
   const PinnedRanges& pinned_;
   const Stream stream_;
   std::vector<Bounce> ring_;
   std::size_t next_bounce_ = 0;
   BatchCopy batch_;
-  Ring<Event> under_way_;
+  Ring<Event> in_flight_;
   std::vector<Event> free_;
 };
 
@@ -148,35 +149,35 @@ bool PinnedRanges::contains(const std::byte* data, std::size_t bytes) const {
   return data + bytes <= start + length;
 }
 
-Movers::Movers(int device_index, std::uint64_t piece_bytes, Marks& marks,
+Movers::Movers(int device_index, std::uint64_t chunk_bytes, ConsumerEvents& events,
                const PinnedRanges& pinned)
     : device_index_{device_index},
-      piece_bytes_{piece_bytes},
-      bounce_bytes_{std::min(piece_bytes, most_bounce_bytes)},
-      marks_{marks},
+      chunk_bytes_{chunk_bytes},
+      bounce_bytes_{std::min(chunk_bytes, most_bounce_bytes)},
+      events_{events},
       pinned_{pinned} {}
 
-std::unique_ptr<PieceMover> Movers::make_mover() {
+std::unique_ptr<ChunkMover> Movers::make_mover() {
   const CurrentDevice device{device_index_};
-  return std::make_unique<Mover>(device_index_, bounce_bytes_, marks_, pinned_);
+  return std::make_unique<Mover>(device_index_, bounce_bytes_, events_, pinned_);
 }
 
-std::size_t Movers::window(StreamPriority priority) const {
-  return priority == StreamPriority::demand ? demand_window : prefetch_window;
+std::size_t Movers::window(CopyPriority priority) const {
+  return priority == CopyPriority::demand ? demand_window : prefetch_window;
 }
 
 bool Movers::is_pinned(const Extent& src) const {
   return src.data != nullptr && pinned_.contains(src.data + src.offset, src.bytes);
 }
 
-std::uint64_t Movers::move_bytes(const Extent& src) const {
-  return is_pinned(src) ? piece_bytes_ : bounce_bytes_;
+std::uint64_t Movers::part_bytes(const Extent& src) const {
+  return is_pinned(src) ? chunk_bytes_ : bounce_bytes_;
 }
 
-void Movers::make_consumer_wait(std::uintptr_t consumer, std::uintptr_t landing) {
+void Movers::make_consumer_wait(std::uintptr_t consumer, std::uintptr_t arrival) {
   const CurrentDevice device{device_index_};  // whose default stream it is, if it is that
   SPMOE_CUDA_TRY(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(consumer),
-                                     reinterpret_cast<cudaEvent_t>(landing), 0));
+                                     reinterpret_cast<cudaEvent_t>(arrival), 0));
 }
 
 }  // namespace spmoe::cuda

@@ -5,8 +5,8 @@
 #include <memory>
 #include <mutex>
 
-#include "device/cuda_marks.hpp"
-#include "device/piece_mover.hpp"
+#include "device/chunk_mover.hpp"
+#include "device/cuda_events.hpp"
 
 namespace spmoe::cuda {
 
@@ -22,27 +22,29 @@ class PinnedRanges {
   std::map<const std::byte*, std::size_t> bytes_;  // by start
 };
 
-/// Copies over a stream of each mover's own. What rests in page-locked memory goes directly, the
-/// rest through a ring of page-locked bounce buffers, one of which is read into while others are
-/// copied from.
-class Movers final : public PieceMovers {
+/// Copies over a stream of each mover's own. Bytes in page-locked memory go directly, others
+/// through a ring of page-locked bounce buffers, one of which is read into while others are copied
+/// from.
+class Movers final : public ChunkMovers {
  public:
-  /// All arguments must outlive it. `piece_bytes` is the most bytes of one piece.
-  Movers(int device_index, std::uint64_t piece_bytes, Marks& marks, const PinnedRanges& pinned);
+  /// All arguments must outlive it. `chunk_bytes` is the most bytes of one chunk.
+  Movers(int device_index, std::uint64_t chunk_bytes, ConsumerEvents& events,
+         const PinnedRanges& pinned);
 
-  std::unique_ptr<PieceMover> make_mover() override;
-  std::size_t window(StreamPriority priority) const override;
-  std::uint64_t move_bytes(const Extent& src) const override;
+  std::unique_ptr<ChunkMover> make_mover() override;
+  std::uint64_t chunk_bytes() const override { return chunk_bytes_; }
+  std::size_t window(CopyPriority priority) const override;
+  std::uint64_t part_bytes(const Extent& src) const override;
   bool gathers(const Extent& src) const override { return is_pinned(src); }
-  void make_consumer_wait(std::uintptr_t consumer, std::uintptr_t landing) override;
+  void make_consumer_wait(std::uintptr_t consumer, std::uintptr_t arrival) override;
 
  private:
   [[nodiscard]] bool is_pinned(const Extent& src) const;
 
   const int device_index_;
-  const std::uint64_t piece_bytes_;
+  const std::uint64_t chunk_bytes_;
   const std::uint64_t bounce_bytes_;
-  Marks& marks_;
+  ConsumerEvents& events_;
   const PinnedRanges& pinned_;
 };
 

@@ -10,42 +10,39 @@
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
-#include "device/copy_pool.hpp"
 #include "device/read_source.hpp"
 
 namespace spmoe {
 namespace {
 
-constexpr std::uint64_t host_piece_bytes = 1 << 20;
+constexpr std::uint64_t host_chunk_bytes = 1 << 20;
 
-/// Threads that copy: a piece has landed when it has begun.
-class HostMovers final : public PieceMovers {
+/// Threads that copy: a chunk has arrived when it has begun.
+class HostMovers final : public ChunkMovers {
  public:
-  explicit HostMovers(std::uint64_t piece_bytes) : piece_bytes_{piece_bytes} {}
+  explicit HostMovers(std::uint64_t chunk_bytes) : chunk_bytes_{chunk_bytes} {}
 
-  std::unique_ptr<PieceMover> make_mover() override { return std::make_unique<Mover>(); }
-  std::size_t window(StreamPriority) const override { return 1; }
-  std::uint64_t move_bytes(const Extent&) const override { return piece_bytes_; }
+  std::unique_ptr<ChunkMover> make_mover() override { return std::make_unique<Mover>(); }
+  std::uint64_t chunk_bytes() const override { return chunk_bytes_; }
+  std::size_t window(CopyPriority) const override { return 1; }
+  std::uint64_t part_bytes(const Extent&) const override { return chunk_bytes_; }
   bool gathers(const Extent&) const override { return false; }
   void make_consumer_wait(std::uintptr_t, std::uintptr_t) override {}
 
  private:
-  class Mover final : public PieceMover {
+  class Mover final : public ChunkMover {
    public:
-    BegunPiece begin(std::span<const Move> moves) override {
-      return {0, read_source(moves.front().op.src, moves.front().op.dst)};
+    BegunChunk begin(std::span<const ChunkPart> parts) override {
+      return {0, read_source(parts.front().src, parts.front().dst)};
     }
     std::string finish() override { return {}; }
   };
 
-  const std::uint64_t piece_bytes_;
+  const std::uint64_t chunk_bytes_;
 };
 
 class HostDevice final : public Device {
  public:
-  explicit HostDevice(const DeviceOptions& options)
-      : movers_{options.piece_bytes}, pool_{movers_, options} {}
-
   std::string_view name() const noexcept override { return "host"; }
 
   std::byte* allocate(std::size_t bytes) override {
@@ -67,33 +64,21 @@ class HostDevice final : public Device {
     deallocate(data, bytes);
   }
 
-  std::unique_ptr<Stream> make_stream(StreamPriority priority) override {
-    return std::make_unique<PoolStream>(pool_, priority);
+  std::unique_ptr<ChunkMovers> make_movers(std::uint64_t chunk_bytes) override {
+    return std::make_unique<HostMovers>(chunk_bytes == 0 ? host_chunk_bytes : chunk_bytes);
   }
-  Mark mark(std::uintptr_t) override { return 0; }
-  Mark read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t,
-                 HostWait) override {
+  EventId record_event(std::uintptr_t) override { return 0; }
+  EventId read_back(std::byte* pinned, const void* data, std::size_t bytes, std::uintptr_t,
+                    HostWait) override {
     if (bytes > 0) std::memcpy(pinned, data, bytes);
     return 0;
   }
-  void wait(Mark) override {}
-
+  void wait(EventId) override {}
   std::string lost() const override { return {}; }
-  LinkStats link_stats() const override { return pool_.stats(); }
-  void inject(const LinkFaults& faults) override { pool_.inject(faults); }
-
- private:
-  HostMovers movers_;
-  CopyPool pool_;
 };
 
 }  // namespace
 
-std::unique_ptr<Device> make_host_device(const DeviceOptions& options) {
-  check(options);
-  DeviceOptions chosen = options;
-  if (chosen.piece_bytes == 0) chosen.piece_bytes = host_piece_bytes;
-  return std::make_unique<HostDevice>(chosen);
-}
+std::unique_ptr<Device> make_host_device() { return std::make_unique<HostDevice>(); }
 
 }  // namespace spmoe

@@ -6,9 +6,9 @@
 
 namespace spmoe {
 
-/// A device whose memory is RAM, whose streams are served by a pool of threads, and whose slower
-/// tier is memory or files read by pread. Its consumers are threads, which read what has landed.
-/// @throws InvalidArgument as `check`.
-std::unique_ptr<Device> make_host_device(const DeviceOptions& options);
+/// A device whose memory is RAM, whose chunks are copied by the threads of a copy engine, and whose
+/// slower tier is memory or files read by pread. Its consumers are threads, which read what has
+/// arrived.
+std::unique_ptr<Device> make_host_device();
 
 }  // namespace spmoe

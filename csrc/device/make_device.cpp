@@ -19,9 +19,9 @@ std::optional<int> cuda_index(std::string_view name) {
   return error == std::errc{} && stop == end && index >= 0 ? std::optional{index} : std::nullopt;
 }
 
-std::unique_ptr<Device> make_device(std::string_view name, const DeviceOptions& options) {
-  if (name == "host") return make_host_device(options);
-  if (const auto index = cuda_index(name)) return make_cuda_device(*index, options);
+std::unique_ptr<Device> make_device(std::string_view name) {
+  if (name == "host") return make_host_device();
+  if (const auto index = cuda_index(name)) return make_cuda_device(*index);
   throw InvalidArgument{"device \"" + std::string{name} +
                         "\" is not one of host, cuda, cuda:<index>"};
 }

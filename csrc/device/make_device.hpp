@@ -12,9 +12,7 @@ namespace spmoe {
 [[nodiscard]] std::optional<int> cuda_index(std::string_view name);
 
 /// The device called "host", "cuda" or "cuda:<index>".
-/// @throws InvalidArgument if nothing is called so, or as `check`; DeviceError as
-///         `make_cuda_device`.
-[[nodiscard]] std::unique_ptr<Device> make_device(std::string_view name,
-                                                  const DeviceOptions& options);
+/// @throws InvalidArgument if nothing is called so; DeviceError as `make_cuda_device`.
+[[nodiscard]] std::unique_ptr<Device> make_device(std::string_view name);
 
 }  // namespace spmoe

@@ -12,8 +12,6 @@ std::string cuda_device_problem(int) { return cuda_status().reason; }
 
 void require_cuda_device(int) { throw DeviceError{cuda_status().reason}; }
 
-std::unique_ptr<Device> make_cuda_device(int, const DeviceOptions&) {
-  throw DeviceError{cuda_status().reason};
-}
+std::unique_ptr<Device> make_cuda_device(int) { throw DeviceError{cuda_status().reason}; }
 
 }  // namespace spmoe

@@ -53,6 +53,11 @@ std::size_t prefetches_at_once(std::uint64_t stride, SlotIndex slots) {
   return std::clamp<std::uint64_t>((wanted_bytes + stride - 1) / stride, 2, most);
 }
 
+std::unique_ptr<Device> make_checked_device(const RuntimeOptions& options) {
+  check(options.link);  // before anything is allocated
+  return make_device(options.device);
+}
+
 std::unique_ptr<LayerCompute> make_layer_compute(const BlobFormat& format,
                                                  const RuntimeOptions& options) {
   if (const auto index = cuda_index(options.device)) {
@@ -67,7 +72,7 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
     : process_{::getpid()},
       policies_{options.policies},
       store_{std::move(store)},
-      device_{make_device(options.device, options.link)},
+      device_{make_checked_device(options)},
       device_name_{device_->name()},
       slot_stride_{round_up(store_->format().bytes(), slot_alignment)},
       slot_count_{slots_in(*store_, options, slot_stride_)},
@@ -86,13 +91,10 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
   index_ = std::make_unique<PinnedBuffer>(*device_, verified_index_bytes);
   tasks_.reserve(store_->expert_count());
   ready_.reserve(store_->expert_count());
-  const std::size_t fills_at_once = store_->expert_count() + prefetch_window_;
-  fills_.reserve(fills_at_once);
-  batches_.reserve(fills_at_once);
-  ops_.reserve(fills_at_once * store_->extents({0, 0}).size());
-  const auto listener = [this](const CopyLane::FillNotice& notice) { on_notice(notice); };
-  demand_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::demand, listener);
-  prefetch_lane_ = std::make_unique<CopyLane>(*device_, StreamPriority::prefetch, listener);
+  copies_.reserve(store_->expert_count() + prefetch_window_);
+  engine_ = std::make_unique<CopyEngine>(
+      make_movers(*device_, options.link), slot_count_, options.link,
+      [this](const Completion& completion) { on_completion(completion); });
   mailbox_ = std::make_shared<ScoreMailbox>(
       *device_, store_->expert_count(), letters_a_layer * store_->layer_count(),
       [this](const ScoreMailbox::Letter& letter, std::span<const float> scores) {
@@ -118,23 +120,20 @@ void Runtime::close() {
     closing_ = true;  // or callers in a loop could hold `call_mutex_` for ever between them
   }
   const std::scoped_lock call{call_mutex_};
-  if (device_ == nullptr) return;  // closed before
-  std::shared_ptr<Device> device;  // goes last
-  std::unique_ptr<CopyLane> demand;
-  std::unique_ptr<CopyLane> prefetch;
+  if (device_ == nullptr) return;      // closed before
+  std::shared_ptr<Device> device;      // goes last
+  std::unique_ptr<CopyEngine> engine;  // before it
   std::shared_ptr<ScoreMailbox> mailbox;
   {
-    // Without lanes nothing more starts; what is under way still lands in the pool.
+    // Nothing more starts; what is in flight still arrives in the pool.
     const std::scoped_lock lock{mutex_};
-    demand.swap(demand_lane_);
-    prefetch.swap(prefetch_lane_);
+    paused_ = true;
     mailbox.swap(mailbox_);
   }
   mailbox.reset();
-  demand.reset();
-  prefetch.reset();
+  engine_->close();
   try {
-    for (const Mark mark : last_use_) device_->wait(mark);
+    for (const EventId event : last_use_) device_->wait(event);
   } catch (const DeviceError&) {
     // Work on the slots failed, so it has ended: they may go.
   }
@@ -144,7 +143,8 @@ void Runtime::close() {
   pinned_.reset();
   store_.reset();
   const std::scoped_lock lock{mutex_};
-  link_at_close_ = device_->link_stats();
+  link_at_close_ = engine_->stats();
+  engine.swap(engine_);
   device.swap(device_);
 }
 
@@ -192,7 +192,7 @@ std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slo
 void Runtime::begin_request() {
   auto lock = lock_open();
   store_->check_unchanged();
-  landed_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
+  arrived_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
   spoiled_.clear();  // of the request before
   ++epoch_;
   scheduler_.begin_request();
@@ -233,7 +233,7 @@ void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource
 
 void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores) {
   const std::scoped_lock lock{mutex_};
-  if (letter.epoch != epoch_ || demand_lane_ == nullptr) {
+  if (letter.epoch != epoch_ || paused_) {
     ++dropped_predictions_;
     return;
   }
@@ -303,18 +303,13 @@ std::vector<UseForecast::Bucket> Runtime::calibration() const {
 
 void Runtime::end_iteration(std::uint32_t accepted) {
   auto lock = lock_open();
-  landed_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
+  arrived_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
   throw_failure(spoiled_);
   ++iterations_;
   ++epoch_;
   accepted_ += accepted;
   scheduler_.end_iteration();
   start_fills();
-}
-
-void Runtime::inject(const LinkFaults& faults) {
-  const auto lock = lock_open();
-  device_->inject(faults);
 }
 
 RuntimeStats Runtime::stats() const {
@@ -326,7 +321,7 @@ RuntimeStats Runtime::stats() const {
   for (std::size_t layer = 0; layer < stats.layers.size(); ++layer) {
     stats.layers[layer] += timings_[layer];
   }
-  stats.link = device_ == nullptr ? link_at_close_ : device_->link_stats();
+  stats.link = engine_ == nullptr ? link_at_close_ : engine_->stats();
   stats.link.bytes -= link_before_.bytes;
   stats.link.busy_s -= link_before_.busy_s;
   stats.slot_count = slot_count_;

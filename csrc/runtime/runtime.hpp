@@ -2,6 +2,7 @@
 
 #include <sys/types.h>
 
+#include <array>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +19,8 @@
 #include "base/trace.hpp"
 #include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
+#include "device/copy_engine.hpp"
 #include "device/device.hpp"
-#include "runtime/copy_lane.hpp"
 #include "runtime/pinned_store.hpp"
 #include "runtime/routed_rows.hpp"
 #include "runtime/score_mailbox.hpp"
@@ -35,7 +36,7 @@ struct RuntimeOptions {
   unsigned compute_threads = 0;  ///< of the host's kernels; 0: one a core
   std::string isa = "auto";      ///< of these; see make_host_expert_ffn
   std::string device = "host";   ///< or "cuda:<index>"
-  DeviceOptions link;
+  CopyOptions link;
   std::uint64_t pinned_memory_bytes = 0;  ///< of blobs to hold in pinned memory, if it can be had
   FillProgress pinned_progress;           ///< told while these are read
   PolicyNames policies;
@@ -60,7 +61,7 @@ struct RuntimeStats {
 };
 
 /// Runs the routed experts of a model whose blobs rest in a store, in a fixed pool of slots.
-/// Owns the device, the slots, the scheduler and the copy workers. Thread-safe: calls of `forward`
+/// Owns the device, the slots, the scheduler and the copy engine. Thread-safe: calls of `forward`
 /// take turns, everything else only takes a short lock. Open until `close`; every call but `stats`
 /// then throws Error. Belongs to the process that made it: in a forked child, which has none of its
 /// threads, every call but `close` throws Error, and it must not be destroyed. Lost once the device
@@ -133,9 +134,6 @@ class Runtime {
   /// ended, and while `forward` runs.
   void reset();
 
-  /// Plants faults in the link, for tests.
-  void inject(const LinkFaults& faults);
-
   [[nodiscard]] RuntimeStats stats() const;
 
   /// Refuses calls from now on, waits for the running `forward`, ends the copies under way, and
@@ -164,8 +162,8 @@ class Runtime {
   static void throw_failure(std::string& failure);
   void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
   void start_fills();
-  void list_copies();
-  void on_notice(const CopyLane::FillNotice& notice);
+  void on_completion(const Completion& completion);
+  void end_fill(const Completion& completion);
   [[nodiscard]] std::byte* slot_data(SlotIndex slot) const;
 
   const pid_t process_;
@@ -187,32 +185,30 @@ class Runtime {
   std::vector<ReadyExpert> ready_;
 
   mutable std::mutex mutex_;  // guards all below; never held while bytes move
-  std::condition_variable landed_;
+  std::condition_variable arrived_;
   bool closing_ = false;
   std::string lost_;  // why the device is lost; empty while it is not
   Scheduler scheduler_;
   std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
   TraceRing trace_;
-  std::string need_failure_;    // why the running need cannot end
-  std::string spoiled_;         // why what was computed before does not stand
-  std::vector<Mark> last_use_;  // by slot: its next fill waits for that
+  std::string need_failure_;       // why the running need cannot end
+  std::string spoiled_;            // why what was computed before does not stand
+  std::vector<EventId> last_use_;  // by slot: its next fill waits for that
   std::uint64_t iterations_ = 0;
   std::uint64_t epoch_ = 0;  // iterations and requests: predictions are of one of them
   std::uint64_t accepted_ = 0;
   std::uint64_t dropped_predictions_ = 0;
   std::uint64_t pinned_bytes_ = 0;
   double pinned_fill_s_ = 0;
-  std::size_t prefetches_ = 0;  // in flight
-  std::size_t in_flight_ = 0;   // fills
-  bool resetting_ = false;      // no fill starts
-  LinkStats link_before_;       // what the link had done when the counters started
+  std::size_t prefetches_ = 0;          // in flight
+  std::size_t in_flight_ = 0;           // fills
+  bool paused_ = false;                 // no fill starts: while it is reset, and from `close` on
+  std::array<double, 2> last_end_s_{};  // of a fill, by priority
+  LinkStats link_before_;               // what the link had done when the counters started
   LinkStats link_at_close_;
-  std::vector<Fill> fills_;  // being started: demands, then prefetches
-  std::vector<CopyOp> ops_;  // of all of these
-  std::vector<CopyBatch> batches_;
+  std::vector<SlotCopy> copies_;  // being started
   std::unique_ptr<Buffer> pool_;
-  std::unique_ptr<CopyLane> demand_lane_;
-  std::unique_ptr<CopyLane> prefetch_lane_;
+  std::unique_ptr<CopyEngine> engine_;  // until `close`
   std::shared_ptr<ScoreMailbox> mailbox_;
 };
 

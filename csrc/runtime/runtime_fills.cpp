@@ -1,79 +1,67 @@
+#include <algorithm>
+
 #include "runtime/runtime.hpp"
 
-// The scheduler's fills on their way: started, changed, and what became of them.
+// The scheduler's fills in flight: started, changed and ended.
 namespace spmoe {
 
 void Runtime::start_fills() {
-  if (demand_lane_ == nullptr || resetting_) return;
+  if (paused_) return;
   while (const auto change = scheduler_.fills().next_change()) {
-    for (auto* lane : {demand_lane_.get(), prefetch_lane_.get()}) {
-      if (change->to == FillChange::To::cancelled) {
-        lane->withdraw(change->slot);
-      } else {
-        lane->promote(change->slot);
-      }
+    if (change->to == FillChange::To::promoted) {
+      engine_->promote(change->slot);
+    } else if (const auto ended = engine_->cancel(change->slot)) {
+      end_fill(*ended);
     }
   }
-  fills_.clear();
-  std::size_t demands = 0;  // which come first
+  copies_.clear();
   while (const auto fill = scheduler_.next_fill(
              prefetches_ < prefetch_window_ ? FillKind::prefetch : FillKind::demand)) {
-    ++(fill->kind == FillKind::demand ? demands : prefetches_);
-    fills_.push_back(*fill);
+    const bool demand = fill->kind == FillKind::demand;
+    if (!demand) ++prefetches_;
+    copies_.push_back({fill->slot, demand ? CopyPriority::demand : CopyPriority::prefetch,
+                       slot_data(fill->slot), blobs().extents(fill->expert),
+                       last_use_[fill->slot]});
   }
-  in_flight_ += fills_.size();
-  list_copies();
-  const std::span fills{fills_};
-  const std::span batches{batches_};
-  demand_lane_->submit(fills.first(demands), batches.first(demands));
-  prefetch_lane_->submit(fills.subspan(demands), batches.subspan(demands));
+  in_flight_ += copies_.size();
+  engine_->submit(copies_);
 }
 
-void Runtime::list_copies() {
-  ops_.clear();
-  for (const Fill& fill : fills_) {
-    std::byte* place = slot_data(fill.slot);
-    for (const Extent& extent : blobs().extents(fill.expert)) {
-      ops_.push_back({place, extent});
-      place += extent.bytes;
-    }
-  }
-  batches_.clear();
-  std::span<const CopyOp> rest{ops_};
-  for (const Fill& fill : fills_) {
-    const std::size_t count = blobs().extents(fill.expert).size();
-    batches_.push_back({rest.first(count), last_use_[fill.slot]});
-    rest = rest.subspan(count);
-  }
-}
-
-void Runtime::on_notice(const CopyLane::FillNotice& notice) {
-  using What = BatchNotice::What;
+void Runtime::on_completion(const Completion& completion) {
   const std::scoped_lock lock{mutex_};
-  const Fill& fill = notice.fill;
-  const BatchNotice& batch = notice.batch;
-  if (batch.what == What::issued) {
-    scheduler_.progress(fill.slot, FillOutcome::issued);
-    landed_.notify_all();
+  if (completion.outcome == Completion::Outcome::issued) {
+    scheduler_.progress(completion.slot, FillOutcome::issued);
+    arrived_.notify_all();
     return;
   }
+  end_fill(completion);
+  start_fills();
+}
+
+void Runtime::end_fill(const Completion& completion) {
+  using Outcome = Completion::Outcome;
+  const SlotIndex slot = completion.slot;
+  const ExpertId expert = scheduler_.fills().slots()[slot].expert;
+  const bool demand = completion.priority == CopyPriority::demand;
   --in_flight_;
-  if (fill.kind == FillKind::prefetch) --prefetches_;
-  const FillOutcome outcome = batch.what == What::landed      ? FillOutcome::landed
-                              : batch.what == What::withdrawn ? FillOutcome::cancelled
-                                                              : FillOutcome::failed;
-  if (const Spoiled spoiled = scheduler_.progress(fill.slot, outcome, batch.bytes_moved);
+  if (!demand) --prefetches_;
+  const FillOutcome outcome = completion.outcome == Outcome::arrived     ? FillOutcome::landed
+                              : completion.outcome == Outcome::cancelled ? FillOutcome::cancelled
+                                                                         : FillOutcome::failed;
+  if (const Spoiled spoiled = scheduler_.progress(slot, outcome, completion.bytes_moved);
       spoiled != Spoiled::nothing) {
     const std::string& loss = note_loss();
     (spoiled == Spoiled::need ? need_failure_ : spoiled_) =
-        "could not fill " + store_->describe(fill.expert) + ": " + batch.error + "; " +
+        "could not fill " + store_->describe(expert) + ": " + completion.error + "; " +
         (loss.empty() ? "the request fails, the next one reads it again" : loss);
   }
-  start_fills();
-  trace_.push({fill.kind == FillKind::demand ? Lane::demand : Lane::prefetch, fill.expert,
-               notice.start_s, notice.end_s,
+  // A span begins where the one before it in its track ended, so that tracks show a busy link.
+  double& last_end_s = last_end_s_[demand ? 1 : 0];
+  const double start_s = std::max(to_seconds(completion.submitted), last_end_s);
+  last_end_s = now_s();
+  trace_.push({demand ? Lane::demand : Lane::prefetch, expert, start_s, last_end_s,
                static_cast<std::uint32_t>(scheduler_.fills().queue().size())});
-  landed_.notify_all();
+  arrived_.notify_all();
 }
 
 }  // namespace spmoe

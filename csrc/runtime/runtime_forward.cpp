@@ -84,7 +84,7 @@ void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer
     } else {
       throw_failure(need_failure_);
       const double start_s = now_s();
-      landed_.wait(lock);
+      arrived_.wait(lock);
       finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
     }
   }
@@ -104,12 +104,9 @@ void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t la
     }
     lock.unlock();
     const double start_s = now_s();
-    if (ready_[first].landing) {
-      demand_lane_->make_consumer_wait(consumer, ready_[first].slot);
-      prefetch_lane_->make_consumer_wait(consumer, ready_[first].slot);
-    }
+    if (ready_[first].landing) engine_->make_consumer_wait(consumer, ready_[first].slot);
     compute_->run(tasks_);
-    const Mark used = device_->mark(consumer);
+    const EventId used = device_->record_event(consumer);
     lock.lock();
     finish_span(Lane::compute, layer, start_s, timings_[layer].compute_s);
     for (std::size_t i = first; i < last; ++i) {

@@ -10,20 +10,19 @@ void Runtime::reset() {
   const std::scoped_lock call{call_mutex_};  // no forward runs
   auto lock = lock_open();
   ++epoch_;  // predictions that the device has not made yet are of the past
-  resetting_ = true;
+  paused_ = true;
   for (SlotIndex slot = 0; slot < slot_count_; ++slot) {
-    demand_lane_->withdraw(slot);
-    prefetch_lane_->withdraw(slot);
+    if (const auto ended = engine_->cancel(slot)) end_fill(*ended);
   }
-  landed_.wait(lock, [this] { return in_flight_ == 0; });
-  resetting_ = false;
+  arrived_.wait(lock, [this] { return in_flight_ == 0; });
+  paused_ = false;
   scheduler_ = Scheduler{scheduler_.foresight().shape, policies_};
   std::ranges::fill(timings_, LayerStats{});
   trace_.clear();
   need_failure_.clear();
   spoiled_.clear();
   iterations_ = accepted_ = dropped_predictions_ = 0;
-  link_before_ = device_->link_stats();
+  link_before_ = engine_->stats();
 }
 
 }  // namespace spmoe

@@ -32,8 +32,9 @@ bool ScoreMailbox::send(const Letter& letter, const float* from, std::uintptr_t 
   const std::scoped_lock lock{mutex_};
   if (on_the_way_.size() == capacity_) return false;
   const std::size_t place = next_place_;
-  const Mark arrived = device_.read_back(reinterpret_cast<std::byte*>(scores(place)), from,
-                                         expert_count_ * sizeof(float), consumer, HostWait::sleep);
+  const EventId arrived =
+      device_.read_back(reinterpret_cast<std::byte*>(scores(place)), from,
+                        expert_count_ * sizeof(float), consumer, HostWait::sleep);
   on_the_way_.push({letter, arrived, place});
   next_place_ = (place + 1) % capacity_;
   sent_.notify_one();

@@ -40,7 +40,7 @@ class ScoreMailbox {
  private:
   struct Sent {
     Letter letter;
-    Mark arrived = 0;
+    EventId arrived = 0;
     std::size_t place = 0;
   };
   void work();

@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'Counters', 'DeviceError', 'Error', 'ExpertStore', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'evictions', 'policies']
+__all__: list[str] = ['CheckpointChanged', 'CheckpointError', 'Counters', 'DeviceError', 'Error', 'ExpertStore', 'FaultPlan', 'InvalidArgument', 'OutOfMemory', 'Runtime', 'cuda_device_problem', 'cuda_status', 'evictions', 'policies']
 class Error(Exception):
     pass
 class InvalidArgument(Error, ValueError):
@@ -184,11 +184,21 @@ class Counters:
     @property
     def stall_s(self) -> float:
         ...
+class FaultPlan:
+    """
+    Faults that a test plants in the links of the runtimes it gives this to.
+    """
+    def __init__(self) -> None:
+        ...
+    def plant(self, fail_at_chunk: typing.SupportsInt | typing.SupportsIndex = 0, delay_seed: typing.SupportsInt | typing.SupportsIndex = 0, max_delay_us: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
+        """
+        From now on the n-th chunk fails, once, and chunks wait a random time.
+        """
 class Runtime:
     """
     The native runtime; see `spmoe.Runtime`, which checks its arguments.
     """
-    def __init__(self, store: ExpertStore, expert_memory_bytes: typing.SupportsInt | typing.SupportsIndex, experts_per_token: typing.SupportsInt | typing.SupportsIndex, activation: str = 'silu', alpha: typing.SupportsFloat | typing.SupportsIndex = 1.7020000219345093, limit: typing.SupportsFloat | typing.SupportsIndex = 7.0, compute_threads: typing.SupportsInt | typing.SupportsIndex = 0, copy_threads: typing.SupportsInt | typing.SupportsIndex = 2, link_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0, isa: str = 'auto', policy: str = 'on-demand', eviction: str = 'auto', trace_spans: typing.SupportsInt | typing.SupportsIndex = 0, device: str = 'host', pinned_memory_bytes: typing.SupportsInt | typing.SupportsIndex = 0, pinned_progress: typing.Any = None) -> None:
+    def __init__(self, store: ExpertStore, expert_memory_bytes: typing.SupportsInt | typing.SupportsIndex, experts_per_token: typing.SupportsInt | typing.SupportsIndex, activation: str = 'silu', alpha: typing.SupportsFloat | typing.SupportsIndex = 1.7020000219345093, limit: typing.SupportsFloat | typing.SupportsIndex = 7.0, compute_threads: typing.SupportsInt | typing.SupportsIndex = 0, copy_threads: typing.SupportsInt | typing.SupportsIndex = 2, link_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0, isa: str = 'auto', policy: str = 'on-demand', eviction: str = 'auto', trace_spans: typing.SupportsInt | typing.SupportsIndex = 0, device: str = 'host', pinned_memory_bytes: typing.SupportsInt | typing.SupportsIndex = 0, pinned_progress: typing.Any = None, faults: FaultPlan = None) -> None:
         ...
     def begin_request(self) -> None:
         ...
@@ -205,10 +215,6 @@ class Runtime:
     def forward(self, layer: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, k: typing.SupportsInt | typing.SupportsIndex, x: typing.SupportsInt | typing.SupportsIndex, x_dtype: str, top_k_index: typing.SupportsInt | typing.SupportsIndex, top_k_weights: typing.SupportsInt | typing.SupportsIndex, weights_dtype: str, out: typing.SupportsInt | typing.SupportsIndex, consumer: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
         """
         One MoE layer over contiguous tensors, given by their addresses, on the stream consumer.
-        """
-    def inject(self, fail_at_copy: typing.SupportsInt | typing.SupportsIndex = 0, delay_seed: typing.SupportsInt | typing.SupportsIndex = 0, max_delay_us: typing.SupportsInt | typing.SupportsIndex = 0) -> None:
-        """
-        Plant faults in the link, for tests: the n-th piece fails, pieces wait at random.
         """
     def plan(self, experts: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]]) -> None:
         """

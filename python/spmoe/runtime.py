@@ -425,20 +425,6 @@ class Runtime(Closeable):
         """
         self._native.reset()
 
-    def inject(self, *, fail_at_copy: int = 0, delay_seed: int = 0, max_delay_us: int = 0) -> None:
-        """Plant faults in the link, for tests.
-
-        Args:
-            fail_at_copy: The n-th chunk copied from now on fails, once; 0: none.
-            delay_seed: Seed of the random delays.
-            max_delay_us: Each chunk waits a random time up to this, in microseconds.
-        """
-        self._native.inject(
-            whole_number("fail_at_copy", fail_at_copy, 0, _MOST_COUNT),
-            whole_number("delay_seed", delay_seed, 0, _MOST_COUNT),
-            whole_number("max_delay_us", max_delay_us, 0, _MOST_COUNT),
-        )
-
     def stats(self, *, by_layer: bool = True) -> dict[str, Any]:
         """Counters since construction or `reset`: hits, late, misses, bytes by kind, seconds.
 

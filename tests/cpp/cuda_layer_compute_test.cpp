@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "device/buffer.hpp"
+#include "device/copy_engine.hpp"
 #include "device/cuda_device.hpp"
 #include "expert_layouts.hpp"
 #include "random_expert.hpp"
@@ -33,8 +34,7 @@ class CudaLayerCompute : public ::testing::TestWithParam<std::tuple<DType, Layou
   void SetUp() override {
     const CudaStatus status = cuda_status();
     if (status.device_count > 0) {
-      device_ = make_cuda_device(0, {});
-      stream_ = device_->make_stream(StreamPriority::demand);
+      device_ = make_cuda_device(0);
       return;
     }
     const char* required = std::getenv("REQUIRE_CUDA");
@@ -45,15 +45,15 @@ class CudaLayerCompute : public ::testing::TestWithParam<std::tuple<DType, Layou
   /// Device memory with a copy of `bytes` in it.
   std::unique_ptr<Buffer> place(const void* bytes, std::size_t count) {
     auto buffer = std::make_unique<Buffer>(*device_, count);
-    const CopyOp op{buffer->data(), {static_cast<const std::byte*>(bytes), -1, 0, count}};
-    const CopyBatch batch{{&op, 1}, 0};
-    static_cast<void>(stream_->submit({&batch, 1}));
-    while (true) {
-      const BatchNotice notice = stream_->next_notice();
-      if (notice.what == BatchNotice::What::issued) continue;
-      EXPECT_EQ(notice.what, BatchNotice::What::landed) << notice.error;
-      return buffer;
-    }
+    const Extent source{static_cast<const std::byte*>(bytes), -1, 0, count};
+    const SlotCopy copy{0, CopyPriority::demand, buffer->data(), {&source, 1}, 0};
+    CopyEngine engine{make_movers(*device_, {}), 1, {}, [](const Completion& completion) {
+                        EXPECT_NE(completion.outcome, Completion::Outcome::failed)
+                            << completion.error;
+                      }};
+    engine.submit({&copy, 1});
+    engine.close();
+    return buffer;
   }
 
   std::vector<std::byte> read(const Buffer& buffer) {
@@ -65,7 +65,6 @@ class CudaLayerCompute : public ::testing::TestWithParam<std::tuple<DType, Layou
   }
 
   std::unique_ptr<Device> device_;
-  std::unique_ptr<Stream> stream_;
 };
 
 TEST_P(CudaLayerCompute, agrees_with_the_host_for_1_to_33_rows) {

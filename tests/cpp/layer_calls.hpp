@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "device/faulty_movers.hpp"
 #include "fake_store.hpp"
 #include "runtime/runtime.hpp"
 
@@ -31,15 +32,20 @@ inline const std::shared_ptr<const FakeStore>& store() {
   return shared;
 }
 
-/// Small pieces, so that each blob is several copies on the link.
+/// Small chunks, so that each blob is several on the link.
 inline RuntimeOptions options(SlotIndex slot_count) {
   RuntimeOptions result;
   result.expert_memory_bytes = slot_count * slot_bytes;
   result.experts_per_token = top_k;
   result.compute_threads = 1;
   result.link.copy_threads = 2;
-  result.link.piece_bytes = 500;
+  result.link.chunk_bytes = 500;
   return result;
+}
+
+/// Faults to plant in the link of a runtime.
+inline std::shared_ptr<FaultPlan> planted(const LinkFaults& faults = {}) {
+  return std::make_shared<FaultPlan>(faults);
 }
 
 /// One call of a layer.

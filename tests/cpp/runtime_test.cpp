@@ -149,7 +149,7 @@ TEST(Runtime, gives_the_same_bits_when_the_link_is_slowed_at_random) {
       RuntimeOptions slow = options(slot_count);
       slow.compute_threads = 2;
       slow.link.copy_threads = 3;
-      slow.link.faults = {.delay_seed = seed, .max_delay_us = 60};
+      slow.link.faults = planted({.delay_seed = seed, .max_delay_us = 60});
       Runtime runtime{store(), slow};
       SCOPED_TRACE(::testing::Message() << slot_count << " slots");
       expect_same_bits(run(runtime, conversation(seed)), seed);
@@ -229,13 +229,15 @@ TEST(Runtime, accounts_for_every_byte_when_wrong_prefetches_are_withdrawn_late_a
       SCOPED_TRACE(prefetch + " with " + std::to_string(slot_count) + " slots");
       RuntimeOptions some = options(slot_count);
       some.policies.prefetch = prefetch;
+      some.link.faults = planted();
       Runtime runtime{store(), some};
       std::mt19937 random{slot_count};
       std::vector<float> scores(expert_count);
       std::vector<std::vector<float>> outs;
       for (const LayerCall& call : calls) {
         const auto fault = static_cast<std::uint64_t>(random() % 60);
-        runtime.inject({.fail_at_copy = fault, .delay_seed = slot_count, .max_delay_us = 40});
+        some.link.faults->plant(
+            {.fail_at_chunk = fault, .delay_seed = slot_count, .max_delay_us = 40});
         for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
           std::ranges::generate(scores, [&] { return static_cast<float>(random() % 2) * 1.5F; });
           runtime.predict(layer, scores, PredictionSource::draft);
@@ -308,18 +310,20 @@ TEST(Runtime, gives_the_same_bits_after_failures) {
   const auto calls = conversation(14);
   for (const SlotIndex slot_count : {2U, 5U, 24U}) {
     SCOPED_TRACE(::testing::Message() << slot_count << " slots");
-    Runtime runtime{store(), options(slot_count)};
+    RuntimeOptions some = options(slot_count);
+    some.link.faults = planted();
+    Runtime runtime{store(), some};
     std::mt19937 random{15};
     std::vector<std::vector<float>> outs;
     int failures = 0;
     for (const LayerCall& call : calls) {
-      runtime.inject({.fail_at_copy = 1 + random() % 30});
+      some.link.faults->plant({.fail_at_chunk = 1 + random() % 30});
       for (const std::size_t done = outs.size(); outs.size() == done;) {
         try {
           outs.push_back(forward(runtime, call));
         } catch (const DeviceError&) {
           ++failures;
-          runtime.inject({});
+          some.link.faults->plant({});
         }
       }
     }
@@ -351,7 +355,7 @@ TEST(Runtime, prefill_reads_each_expert_of_a_layer_once_at_any_budget) {
     for (const std::uint32_t delay : {0U, 80U}) {
       SCOPED_TRACE(::testing::Message() << slot_count << " slots, delay " << delay);
       RuntimeOptions some = options(slot_count);
-      some.link.faults = {.delay_seed = slot_count, .max_delay_us = delay};
+      some.link.faults = planted({.delay_seed = slot_count, .max_delay_us = delay});
       Runtime runtime{store(), some};
       std::mt19937 random{17};
       run(runtime, prefill(random));
@@ -450,16 +454,16 @@ TEST(Runtime, a_wrong_layer_index_or_score_count_is_refused_and_harms_nothing) {
 
 TEST(Runtime, a_failed_read_fails_the_call_that_needs_it_once_with_the_expert_named) {
   std::mt19937 random{21};
-  for (std::uint64_t copy = 1; copy <= 12; ++copy) {
-    SCOPED_TRACE(::testing::Message() << "copy " << copy);
+  for (std::uint64_t chunk = 1; chunk <= 12; ++chunk) {
+    SCOPED_TRACE(::testing::Message() << "chunk " << chunk);
     RuntimeOptions one_thread = options(4);
-    one_thread.link.copy_threads = 1;  // the n-th copy belongs to a known expert
+    one_thread.link.copy_threads = 1;  // the n-th chunk belongs to a known expert
+    one_thread.link.faults = planted({.fail_at_chunk = chunk});
     Runtime runtime{store(), one_thread};
     LayerCall call = random_call(random, 1, 1);
     call.index = {6, 2};
-    runtime.inject({.fail_at_copy = copy});
-    // Ascending experts; each blob is 3 extents of 768 bytes, each in 2 pieces.
-    const std::string expert = copy <= 6 ? "2" : "6";
+    // Ascending experts; each blob is 3 extents of 768 bytes, each in 2 chunks.
+    const std::string expert = chunk <= 6 ? "2" : "6";
     EXPECT_EQ(message_of<DeviceError>([&] { forward(runtime, call); }),
               "could not fill expert " + expert +
                   " of layer 1 (memory): read error injected by a test; the request fails, the "
@@ -503,10 +507,11 @@ TEST(Runtime, a_failed_read_ahead_harms_nobody) {
   std::mt19937 random{23};
   RuntimeOptions one_thread = options(all_slots);
   one_thread.link.copy_threads = 1;
+  one_thread.link.faults = planted();
   Runtime runtime{store(), one_thread};
   const auto calls = prefill(random);
-  forward(runtime, calls[0]);  // all 48 copies of layer 0 have been admitted: what follows is ahead
-  runtime.inject({.fail_at_copy = 1});
+  forward(runtime, calls[0]);  // all 48 chunks of layer 0 have been cut: others are read ahead
+  one_thread.link.faults->plant({.fail_at_chunk = 1});
   int failures = 0;
   for (const LayerCall& call : {calls[1], calls[2], calls[1], calls[2]}) {
     try {
@@ -516,7 +521,7 @@ TEST(Runtime, a_failed_read_ahead_harms_nobody) {
     }
   }
   EXPECT_LE(failures, 1);
-  runtime.inject({});
+  one_thread.link.faults->plant({});
   expect_same_bits(run(runtime, conversation(23)), 23);
 }
 
@@ -532,7 +537,6 @@ TEST(Runtime, may_be_closed_twice_and_then_answers_only_stats) {
   EXPECT_EQ(message_of<Error>([&] { forward(runtime, calls[0]); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.predict(0, scores); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.end_iteration(0); }), closed);
-  EXPECT_EQ(message_of<Error>([&] { runtime.inject({}); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.begin_request(); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.set_limits({}); }), closed);
   EXPECT_EQ(message_of<Error>([&] { runtime.record_routing(true); }), closed);
@@ -603,7 +607,7 @@ TEST(Runtime, may_go_while_copies_are_under_way) {
   const auto calls = prefill(random);
   for (int round = 0; round < 20; ++round) {
     RuntimeOptions slow = options(all_slots);
-    slow.link.faults = {.delay_seed = 25, .max_delay_us = 100};
+    slow.link.faults = planted({.delay_seed = 25, .max_delay_us = 100});
     Runtime runtime{store(), slow};
     forward(runtime, calls[0]);  // layer 1 is being read ahead
   }
@@ -651,8 +655,9 @@ TEST(Runtime, a_failure_is_told_to_the_call_that_needs_it_whatever_others_do_mea
   std::mt19937 random{32};
   const LayerCall call = random_call(random, 1, 1);
   for (int round = 0; round < 300; ++round) {
-    Runtime runtime{store(), options(4)};
-    runtime.inject({.fail_at_copy = 1});
+    RuntimeOptions some = options(4);
+    some.link.faults = planted({.fail_at_chunk = 1});
+    Runtime runtime{store(), some};
     std::atomic<bool> done = false;
     std::thread other{[&] {
       while (!done) {
@@ -699,6 +704,7 @@ TEST(Runtime, steady_decode_allocates_nothing_on_any_thread) {
     SCOPED_TRACE(::testing::Message() << slot_count << " slots");
     RuntimeOptions some = options(slot_count);
     some.compute_threads = 2;
+    some.link.faults = planted();
     Runtime runtime{store(), some};
     const auto calls = conversation(28);
     std::mt19937 random{28};
@@ -718,9 +724,9 @@ TEST(Runtime, steady_decode_allocates_nothing_on_any_thread) {
       }
     };
     // A slow link makes the queues as long as they get, a full house the groups of experts.
-    runtime.inject({.delay_seed = 28, .max_delay_us = 500});
+    some.link.faults->plant({.delay_seed = 28, .max_delay_us = 500});
     pass(0);
-    runtime.inject({});
+    some.link.faults->plant({});
     LayerCall resident = random_call(random, layer_count - 1, 8);  // reads nothing ahead
     const std::int64_t fitting = std::min<std::int64_t>(slot_count, expert_count);
     for (std::size_t i = 0; i < resident.index.size(); ++i) {

@@ -14,6 +14,8 @@ import torch
 
 import fake_cuda
 from families import make_checkpoint, make_dense_draft
+from planted_faults import planted_faults
+from spmoe import _core
 from spmoe.cli import main
 from spmoe.config import default_cache
 from spmoe.devices import cuda_status
@@ -47,6 +49,13 @@ def fake_gpu() -> Iterator[Any]:
         return
     with fake_cuda.cuda() as runtime:
         yield runtime
+
+
+@pytest.fixture
+def faults() -> Iterator[_core.FaultPlan]:
+    """What goes wrong in the links of the runtimes that the test opens."""
+    with planted_faults() as plan:
+        yield plan
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,6 +27,8 @@ from transformers.utils import logging
 
 import spmoe
 from families import FAMILIES, make_checkpoint, make_dense_draft
+from planted_faults import planted_faults
+from spmoe import _core
 from spmoe.models.loading import load_plain
 from spmoe.policies import EVICTIONS, POLICIES
 
@@ -81,18 +83,20 @@ class Soak:
         what = f"{model.family}, draft {draft and draft.name}, {settings}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that something optional is turned off
-            with spmoe.load(model.path, draft, **settings) as engine:
+            with planted_faults() as faults, spmoe.load(model.path, draft, **settings) as engine:
                 self.counts["engines"] += 1
                 for _ in range(_REQUESTS):
-                    self.request(engine, model, what)
+                    self.request(engine, faults, model, what)
 
-    def request(self, engine: spmoe.Engine, model: Model, what: str) -> None:
+    def request(
+        self, engine: spmoe.Engine, faults: _core.FaultPlan, model: Model, what: str
+    ) -> None:
         """Send one request, perhaps with a fault, and compare its text."""
         draw = self.draw
         prompt, expected = draw.choice(model.texts)
         count = draw.randint(1, _NEW_TOKENS)
-        engine.runtime.inject(
-            fail_at_copy=draw.choice((0, 0, 0, draw.randint(1, 60))),
+        faults.plant(
+            fail_at_chunk=draw.choice((0, 0, 0, draw.randint(1, 60))),
             delay_seed=draw.randrange(1 << 30),
             max_delay_us=draw.choice((0, 0, 300)),
         )
@@ -107,9 +111,9 @@ class Soak:
             found = engine.generate(prompt, max_new_tokens=count, draft_length=length).token_ids
         except spmoe.DeviceError:
             self.counts["failed by an injected fault"] += 1
-            engine.runtime.inject()
+            faults.plant()
             found = engine.generate(prompt, max_new_tokens=count, draft_length=length).token_ids
-        engine.runtime.inject()
+        faults.plant()
         self.counts["texts"] += 1
         self.counts["tokens"] += len(found)
         if found != expected[:count]:

@@ -15,7 +15,7 @@ import torch
 
 import spmoe
 from families import greedy
-from spmoe import closeable
+from spmoe import _core, closeable
 from spmoe.models.loading import load_plain
 from spmoe.models.text import encode
 
@@ -42,7 +42,7 @@ class TestLossless:
     """Budget and arrival order: the bits stay. `test_lossless.py` has families and drafts."""
 
     def test_the_smallest_budget_and_a_slow_link_give_the_same_bits(
-        self, target_path: Path, engine: spmoe.Engine
+        self, target_path: Path, engine: spmoe.Engine, faults: _core.FaultPlan
     ) -> None:
         def logits(engine: spmoe.Engine) -> torch.Tensor:
             iterations = engine.iterate(PROMPT, max_new_tokens=12, draft_length=3)
@@ -54,7 +54,7 @@ class TestLossless:
         for budget in (wave, "100%"):
             with spmoe.load(target_path, target_path, expert_memory=budget) as other:
                 for seed in range(3):
-                    other.runtime.inject(delay_seed=seed, max_delay_us=200)
+                    faults.plant(delay_seed=seed, max_delay_us=200)
                     assert torch.equal(logits(other), wanted)
 
 
@@ -300,12 +300,12 @@ class TestBadRequests:
 
 
 def test_a_read_error_in_the_middle_of_decoding_fails_that_request_alone(
-    target_path: Path, expected: list[int]
+    target_path: Path, expected: list[int], faults: _core.FaultPlan
 ) -> None:
     with spmoe.load(target_path, expert_memory="50%", policy="on-demand") as engine:
         stream = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS)
         next(stream)
-        engine.runtime.inject(fail_at_copy=1)
+        faults.plant(fail_at_chunk=1)
         with pytest.raises(
             spmoe.DeviceError, match=r"could not fill expert \d+ of layer \d+ \(model-.*safetensors"
         ):

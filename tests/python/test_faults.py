@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import spmoe
 from families import make_dense_draft
+from spmoe import _core
 
 PROMPT = "Once upon a time"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -76,10 +77,12 @@ def test_a_damaged_shard_is_refused_before_anything_is_computed(
 
 
 @pytest.mark.parametrize("place", [1, 2, 5, 17])
-def test_a_read_error_fails_the_request_and_no_other(target_path: Path, place: int) -> None:
+def test_a_read_error_fails_the_request_and_no_other(
+    target_path: Path, faults: _core.FaultPlan, place: int
+) -> None:
     with spmoe.load(target_path, target_path, expert_memory="50%", policy="on-demand") as engine:
         expected = engine.generate(PROMPT, max_new_tokens=8).token_ids
-        engine.runtime.inject(fail_at_copy=place)
+        faults.plant(fail_at_chunk=place)
         with pytest.raises(spmoe.DeviceError, match="read error injected"):
             engine.generate(PROMPT, max_new_tokens=8)
         for _ in range(2):

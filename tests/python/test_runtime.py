@@ -247,8 +247,6 @@ def test_wrong_scores_are_refused(runtime: Runtime, scores: Any) -> None:
         lambda r: r.replay_routing([(0, [1.0])]),
         lambda r: r.end_iteration(-1),
         lambda r: r.end_iteration(1.5),
-        lambda r: r.inject(fail_at_copy=-1),
-        lambda r: r.inject(max_delay_us=1 << 40),
     ],
 )
 def test_a_wrong_argument_of_a_call_is_refused(
@@ -290,7 +288,6 @@ def test_a_closed_runtime_answers_only_stats(store: Any, call: dict[str, Any]) -
         runtime.calibration,
         runtime.end_iteration,
         runtime.reset,
-        runtime.inject,
     ]
     public = {name for name, value in vars(Runtime).items() if callable(value) and name[0] != "_"}
     assert len(calls) == len(public - {"stats", "counters", "counting", "close"})

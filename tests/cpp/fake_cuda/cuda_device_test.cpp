@@ -15,17 +15,14 @@ using fake_cuda::Session;
 using fake_cuda::Settings;
 
 INSTANTIATE_TEST_SUITE_P(fake_cuda, DeviceContract,
-                         ::testing::Values(DeviceCase{"cuda",
-                                                      [] { return std::make_shared<Session>(); },
-                                                      [](const DeviceOptions& options) {
-                                                        return make_cuda_device(0, options);
-                                                      },
-                                                      read_host, true}),
+                         ::testing::Values(DeviceCase{
+                             "cuda", [] { return std::make_shared<Session>(); },
+                             [] { return make_cuda_device(0); }, read_host}),
                          [](const auto& test) { return test.param.name; });
 
 TEST(CudaDevice, goes_by_its_name) {
   const Session session{{.device_count = 2}};
-  EXPECT_EQ(make_cuda_device(1, {})->name(), "cuda:1");
+  EXPECT_EQ(make_cuda_device(1)->name(), "cuda:1");
 }
 
 TEST(CudaDevice, says_why_there_is_none) {
@@ -33,7 +30,7 @@ TEST(CudaDevice, says_why_there_is_none) {
     const Session session{
         {.device_count = 0, .driver_version = driver, .device_count_status = status}};
     EXPECT_EQ(cuda_status().device_count, 0);
-    EXPECT_EQ(message_of<DeviceError>([] { static_cast<void>(make_cuda_device(0, {})); }),
+    EXPECT_EQ(message_of<DeviceError>([] { static_cast<void>(make_cuda_device(0)); }),
               cuda_status().reason);
     EXPECT_EQ(cudaGetLastError(), cudaSuccess) << "left for the next caller to stumble over";
     return cuda_status().reason;
@@ -56,7 +53,7 @@ TEST(CudaDevice, refuses_a_card_that_lacks_what_the_kernels_need_before_anything
     EXPECT_EQ(cuda_status().device_count, 1);
     const std::string found = cuda_device_problem(0);
     if (!found.empty()) {
-      EXPECT_EQ(message_of<DeviceError>([] { static_cast<void>(make_cuda_device(0, {})); }), found);
+      EXPECT_EQ(message_of<DeviceError>([] { static_cast<void>(make_cuda_device(0)); }), found);
     }
     for (const char* allocation : {"cudaMalloc", "cudaHostAlloc", "cudaStreamCreateWithPriority"}) {
       EXPECT_EQ(session.calls(allocation), 0u);
@@ -84,21 +81,16 @@ TEST(CudaDevice, a_card_that_does_not_answer_is_a_reason) {
 
 TEST(CudaDevice, is_lost_once_an_error_breaks_its_context_and_not_before) {
   Session session{{.device_count = 2}};
-  const auto device = make_cuda_device(1, {});
+  const auto device = make_cuda_device(1);
   EXPECT_EQ(device->lost(), "");
   session.fail("cudaHostAlloc", 1, cudaErrorMemoryAllocation);
   EXPECT_THROW(static_cast<void>(device->allocate_pinned(64)), OutOfMemory);
   EXPECT_EQ(device->lost(), "");
   const PinnedBuffer source{*device, 64};
   const Buffer buffer{*device, 64};
-  const auto stream = device->make_stream(StreamPriority::demand);
+  Link link{*device};
   session.lose_context_at_copy(1, cudaErrorIllegalAddress);
-  const CopyOp op{buffer.data(), {source.data(), -1, 0, 64}};
-  const CopyBatch batch{{&op, 1}};
-  static_cast<void>(stream->submit({&batch, 1}));
-  BatchNotice notice = stream->next_notice();
-  if (notice.what == BatchNotice::What::issued) notice = stream->next_notice();
-  EXPECT_EQ(notice.what, BatchNotice::What::failed);
+  EXPECT_EQ(link.copy(buffer.data(), {{source.data(), -1, 0, 64}}).outcome, Outcome::failed);
   EXPECT_EQ(device->lost(),
             "cuda:1 is lost to this process, for an error broke its CUDA context "
             "(cudaErrorIllegalAddress (cudaErrorIllegalAddress)): restart the process");
@@ -107,13 +99,13 @@ TEST(CudaDevice, is_lost_once_an_error_breaks_its_context_and_not_before) {
 
 TEST(CudaDevice, refuses_an_index_past_the_last) {
   const Session session{{.device_count = 2}};
-  EXPECT_EQ(message_of<DeviceError>([] { static_cast<void>(make_cuda_device(2, {})); }),
+  EXPECT_EQ(message_of<DeviceError>([] { static_cast<void>(make_cuda_device(2)); }),
             "cuda:2 asked, but there are 2 CUDA devices, from cuda:0");
 }
 
 TEST(CudaDevice, out_of_memory_names_what_was_asked_and_what_is_free) {
   const Session session{{.memory_bytes = 5 << 20}};
-  const auto device = make_cuda_device(0, {});
+  const auto device = make_cuda_device(0);
   const Buffer taken{*device, 1 << 20};
   EXPECT_EQ(message_of<OutOfMemory>([&] { static_cast<void>(device->allocate(6 << 20)); }),
             "no memory for 6.0 MiB on cuda:0: 4.0 MiB free of 5.0 MiB; lower expert_memory");

@@ -201,7 +201,7 @@ TEST_P(CudaLossless, gives_the_host_s_bits_at_every_eviction_budget_and_tier) {
 INSTANTIATE_TEST_SUITE_P(policies, CudaLossless, ::testing::ValuesIn(prefetch_policy_names()),
                          [](const auto& test) { return test_name(test.param); });
 
-TEST(CudaRuntime, counts_every_byte_once_all_copies_have_landed) {
+TEST(CudaRuntime, counts_every_byte_once_all_copies_have_arrived) {
   const Session session;
   RuntimeOptions some = cuda_options(5, all_pinned);
   some.policies.prefetch = "horizon";
@@ -218,7 +218,8 @@ TEST(CudaRuntime, counts_every_byte_once_all_copies_have_landed) {
 }
 
 TEST(CudaRuntime, never_waits_on_the_host_for_bytes) {
-  // One call a layer: for the router's choice. Marks, copies and kernels are ordered on the device.
+  // One call a layer: for the router's choice. Events, copies and kernels are ordered on the
+  // device.
   const Session session{{.max_delay_us = 200}};
   Runtime runtime{store(), cuda_options(6, all_pinned)};
   Caller caller;
@@ -292,7 +293,7 @@ TEST(CudaRuntime, copies_one_by_one_for_a_driver_that_takes_no_batches) {
   for (const int driver : {12070, 13000}) {
     const Session session{{.driver_version = driver}};
     RuntimeOptions whole = cuda_options(6, all_pinned);
-    whole.link.piece_bytes = 2 * slot_bytes;
+    whole.link.chunk_bytes = 2 * slot_bytes;
     Runtime runtime{store(), whole};
     Caller caller;
     expect_same_bits(converse(runtime, caller, conversation(56)), 56);
@@ -300,7 +301,7 @@ TEST(CudaRuntime, copies_one_by_one_for_a_driver_that_takes_no_batches) {
   }
 }
 
-TEST(CudaRuntime, a_paced_link_tells_nobody_before_the_bytes_would_be_there) {
+TEST(CudaRuntime, a_paced_link_lets_nobody_read_before_the_bytes_would_be_there) {
   const Session session;
   RuntimeOptions slow = cuda_options(6, all_pinned);
   slow.link.link_gbps = 0.5;
@@ -505,7 +506,7 @@ INSTANTIATE_TEST_SUITE_P(
                                "written while it may be read"},
                       Mutation{"choice_read_before_it_arrived", Session::Wait::of_host, true,
                                "other bits"},
-                      Mutation{"landing_told_before_it_landed", Session::Wait::of_host, false,
+                      Mutation{"completion_before_the_copy_arrived", Session::Wait::of_host, false,
                                "read while its fill may be under way"}),
     [](const auto& test) { return test.param.name; });
 

@@ -13,7 +13,7 @@ namespace spmoe {
 namespace {
 
 Bytes read_cuda(const std::byte* memory, std::size_t bytes) {
-  const auto device = make_cuda_device(0, {});
+  const auto device = make_cuda_device(0);
   const PinnedBuffer pinned{*device, bytes};
   device->wait(device->read_back(pinned.data(), memory, bytes, 0, HostWait::sleep));
   return {pinned.data(), pinned.data() + bytes};
@@ -21,9 +21,8 @@ Bytes read_cuda(const std::byte* memory, std::size_t bytes) {
 
 std::vector<DeviceCase> devices() {
   if (cuda_status().device_count == 0) return {};
-  return {DeviceCase{"cuda", [] { return nullptr; },
-                     [](const DeviceOptions& options) { return make_cuda_device(0, options); },
-                     read_cuda, true}};
+  return {
+      DeviceCase{"cuda", [] { return nullptr; }, [] { return make_cuda_device(0); }, read_cuda}};
 }
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(DeviceContract);  // without a GPU
@@ -34,7 +33,7 @@ TEST(CudaHardware, is_there_if_it_is_required) {
   const CudaStatus status = cuda_status();
   const char* required = std::getenv("REQUIRE_CUDA");
   if (status.device_count > 0) {
-    EXPECT_EQ(make_cuda_device(0, {})->name(), "cuda:0");
+    EXPECT_EQ(make_cuda_device(0)->name(), "cuda:0");
   } else if (required != nullptr && std::string{required} == "1") {
     FAIL() << status.reason;
   } else {

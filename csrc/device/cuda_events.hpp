@@ -12,18 +12,18 @@
 
 namespace spmoe::cuda {
 
-/// The marks that were made on consumers' streams, each an event from a pool until it has passed.
-/// Thread-safe. Allocates nothing once it has seen its most open marks.
-class Marks {
+/// Events on the streams of consumers, from a pool to which each returns when it has passed.
+/// Thread-safe. Allocates nothing once it has seen its most open events.
+class ConsumerEvents {
  public:
-  explicit Marks(int device_index) : device_index_{device_index} {}
+  explicit ConsumerEvents(int device_index) : device_index_{device_index} {}
 
-  // As `Device` says of `mark` and `wait`.
-  [[nodiscard]] Mark record(cudaStream_t consumer, HostWait how);
-  void wait(Mark mark);
+  // As `Device` says of `record_event` and `wait`.
+  [[nodiscard]] EventId record(cudaStream_t consumer, HostWait how);
+  void wait(EventId event);
 
-  /// Later work on `stream` waits for `mark`. Nothing blocks.
-  void make_stream_wait(cudaStream_t stream, Mark mark);
+  /// Later work on `stream` waits for `event`. Nothing blocks.
+  void make_stream_wait(cudaStream_t stream, EventId event);
 
  private:
   struct Open {
@@ -33,13 +33,13 @@ class Marks {
   };
 
   void retire_passed();
-  [[nodiscard]] Open* find(Mark mark);
+  [[nodiscard]] Open* find(EventId event);
   std::vector<Event>& free(HostWait how) { return free_[static_cast<std::size_t>(how)]; }
 
   const int device_index_;
   std::mutex mutex_;
   Ring<Open> open_;                         // the oldest first
-  Mark first_ = 1;                          // of these
+  EventId first_ = 1;                       // of these
   std::array<std::vector<Event>, 2> free_;  // by how they are waited for
 };
 

@@ -1,10 +1,10 @@
-#include "device/cuda_marks.hpp"
+#include "device/cuda_events.hpp"
 
 #include <utility>
 
 namespace spmoe::cuda {
 
-void Marks::retire_passed() {
+void ConsumerEvents::retire_passed() {
   while (!open_.empty() && open_.front().waiters == 0) {
     const cudaError_t status = cudaEventQuery(open_.front().event.get());
     if (status == cudaErrorNotReady) {
@@ -18,9 +18,11 @@ void Marks::retire_passed() {
   }
 }
 
-Marks::Open* Marks::find(Mark mark) { return mark < first_ ? nullptr : &open_[mark - first_]; }
+ConsumerEvents::Open* ConsumerEvents::find(EventId event) {
+  return event < first_ ? nullptr : &open_[event - first_];
+}
 
-Mark Marks::record(cudaStream_t consumer, HostWait how) {
+EventId ConsumerEvents::record(cudaStream_t consumer, HostWait how) {
   const CurrentDevice device{device_index_};
   const std::scoped_lock lock{mutex_};
   retire_passed();
@@ -32,26 +34,26 @@ Mark Marks::record(cudaStream_t consumer, HostWait how) {
   return first_ + open_.size() - 1;
 }
 
-void Marks::make_stream_wait(cudaStream_t stream, Mark mark) {
+void ConsumerEvents::make_stream_wait(cudaStream_t stream, EventId event) {
   const std::scoped_lock lock{mutex_};
-  if (const Open* open = find(mark)) {
+  if (const Open* open = find(event)) {
     SPMOE_CUDA_TRY(cudaStreamWaitEvent(stream, open->event.get(), 0));
   }
 }
 
-void Marks::wait(Mark mark) {
-  cudaEvent_t event = nullptr;
+void ConsumerEvents::wait(EventId event) {
+  cudaEvent_t recorded = nullptr;
   {
     const std::scoped_lock lock{mutex_};
-    Open* open = find(mark);
+    Open* open = find(event);
     if (open == nullptr) return;
     ++open->waiters;
-    event = open->event.get();
+    recorded = open->event.get();
   }
-  const cudaError_t status = cudaEventSynchronize(event);
+  const cudaError_t status = cudaEventSynchronize(recorded);
   {
     const std::scoped_lock lock{mutex_};
-    --find(mark)->waiters;
+    --find(event)->waiters;
   }
   check(status, "work on the consumer's stream");
 }
