@@ -21,6 +21,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {".py", ".cpp", ".hpp", ".cu", ".cuh"}
 PRODUCT = ("csrc", "python/spmoe")
 ADAPTIVE = ("planner", "draft_length", "acceptance", "ema", "prior", "confidence", "fading")
+FILL_CONTAINERS = (  # of this and earlier commits
+    "SlotTable slots_",
+    "TransferQueue queue_",
+    "std::vector<Want> wants_",
+    "std::vector<Copy> copies_",
+    "std::vector<Fill(?:State|Record)> fills_",
+    "std::vector<FillChange> changes_",
+    "std::size_t prefetches_",
+    "std::vector<Pending> pending_",
+    "std::vector<std::unique_ptr<Batch>> batches_",
+    r"std::vector<Batch\*> open_",
+)
 POLICIES = ("on-demand", "next-gate", "activation-trace", "sp-moe", "horizon", "oracle")
 
 
@@ -116,13 +128,25 @@ def package_arrows(graph: dict[str, set[str]]) -> int:
     return len({pair for pair in pairs if pair[0] != pair[1]})
 
 
-def mutexes_of_a_fill(root: Path) -> int:
-    """Return the mutexes of the classes through which a fill passes, CUDA's own left out."""
+def path_of_a_fill(root: Path) -> dict[str, int]:
+    """Return what the classes declare through which a fill passes, CUDA's own left out.
+
+    A container counts if it holds something of each fill; an index over one, such as a queue of
+    pointers, counts with it. A completion passes from each class that owns threads to the next,
+    and from the last to the caller: one hop each.
+    """
     names = "copy_lane|copy_pool|copy_engine|fill_table|scheduler|runtime|transfer_queue"
     files = [f for f in sources(root, "csrc") if re.fullmatch(names, f.stem) and f.suffix == ".hpp"]
-    return sum(
-        len(re.findall(r"^ +(?:mutable )?std::mutex (?!call_)", f.read_text(), re.M)) for f in files
-    )
+    declared = {
+        "containers of a fill": rf"^ +(?:{'|'.join(FILL_CONTAINERS)})\b",
+        "mutexes on the way of a fill": r"^ +(?:mutable )?std::mutex (?!call_)",
+        "thread hops of a completion": r"^ +(?:std::vector<)?std::thread\b",
+    }
+    texts = [file.read_text() for file in files]
+    return {
+        name: sum(len(re.findall(pattern, text, re.M)) for text in texts)
+        for name, pattern in declared.items()
+    }
 
 
 def measure(root: Path) -> dict[str, int]:
@@ -144,7 +168,7 @@ def measure(root: Path) -> dict[str, int]:
     result["public methods of Scheduler (C++)"] = public_methods(root, "Scheduler")
     result["public methods of Runtime (C++)"] = public_methods(root, "Runtime")
     result["public methods of Runtime (Python)"] = public_python_methods(root, "runtime", "Runtime")
-    result["mutexes on the way of a fill"] = mutexes_of_a_fill(root)
+    result |= path_of_a_fill(root)
     graph = python_imports(root)
     result["imports between Python modules"] = sum(map(len, graph.values()))
     result["imports between Python packages"] = package_arrows(graph)

@@ -283,8 +283,8 @@ void CopyEngine::note_begun(const Chunk& chunk, std::vector<Completion>& complet
     const bool whole = copy->all_begun() && !copy->cancelled && copy->beginning == 0;
     if (!whole || copy->issued || !copy->error.empty()) continue;
     copy->issued = true;  // this chunk is in flight until the callback has returned, so it is first
-    completions.push_back({copy->what.slot, copy->what.priority, Completion::Outcome::issued, 0,
-                           std::string{}, copy->submitted});
+    completions.push_back(
+        {copy->what.slot, Completion::Outcome::issued, 0, std::string{}, copy->submitted});
   }
 }
 
@@ -316,9 +316,7 @@ Completion CopyEngine::end(Copy& copy) {
   const Outcome outcome = !copy.error.empty() ? Outcome::failed
                           : copy.cancelled    ? Outcome::cancelled
                                               : Outcome::arrived;
-  return {
-      copy.what.slot, copy.what.priority, outcome, copy.bytes_moved, std::exchange(copy.error, {}),
-      copy.submitted};
+  return {copy.what.slot, outcome, copy.bytes_moved, std::exchange(copy.error, {}), copy.submitted};
 }
 
 }  // namespace spmoe

@@ -57,7 +57,6 @@ struct Completion {
     failed
   };
   SlotIndex slot = 0;
-  CopyPriority priority = CopyPriority::demand;  ///< as submitted
   Outcome outcome = Outcome::arrived;
   std::uint64_t bytes_moved = 0;  ///< in chunks that arrived, as `LinkStats::bytes` counts them
   std::string error;              ///< of one chunk that failed; empty unless `failed`

@@ -200,10 +200,8 @@ class Runtime {
   std::uint64_t dropped_predictions_ = 0;
   std::uint64_t pinned_bytes_ = 0;
   double pinned_fill_s_ = 0;
-  std::size_t prefetches_ = 0;          // in flight
-  std::size_t in_flight_ = 0;           // fills
   bool paused_ = false;                 // no fill starts: while it is reset, and from `close` on
-  std::array<double, 2> last_end_s_{};  // of a fill, by priority
+  std::array<double, 2> last_end_s_{};  // of a fill, by kind
   LinkStats link_before_;               // what the link had done when the counters started
   LinkStats link_at_close_;
   std::vector<SlotCopy> copies_;  // being started

@@ -14,16 +14,17 @@ void Runtime::start_fills() {
       end_fill(*ended);
     }
   }
+  const auto may_start = [this] {
+    const bool room = scheduler_.fills().in_flight(FillKind::prefetch) < prefetch_window_;
+    return room ? FillKind::prefetch : FillKind::demand;
+  };
   copies_.clear();
-  while (const auto fill = scheduler_.next_fill(
-             prefetches_ < prefetch_window_ ? FillKind::prefetch : FillKind::demand)) {
+  while (const auto fill = scheduler_.next_fill(may_start())) {
     const bool demand = fill->kind == FillKind::demand;
-    if (!demand) ++prefetches_;
     copies_.push_back({fill->slot, demand ? CopyPriority::demand : CopyPriority::prefetch,
                        slot_data(fill->slot), blobs().extents(fill->expert),
                        last_use_[fill->slot]});
   }
-  in_flight_ += copies_.size();
   engine_->submit(copies_);
 }
 
@@ -42,9 +43,7 @@ void Runtime::end_fill(const Completion& completion) {
   using Outcome = Completion::Outcome;
   const SlotIndex slot = completion.slot;
   const ExpertId expert = scheduler_.fills().slots()[slot].expert;
-  const bool demand = completion.priority == CopyPriority::demand;
-  --in_flight_;
-  if (!demand) --prefetches_;
+  const bool demand = scheduler_.fills()[slot].kind == FillKind::demand;
   const FillOutcome outcome = completion.outcome == Outcome::arrived     ? FillOutcome::landed
                               : completion.outcome == Outcome::cancelled ? FillOutcome::cancelled
                                                                          : FillOutcome::failed;

@@ -14,7 +14,7 @@ void Runtime::reset() {
   for (SlotIndex slot = 0; slot < slot_count_; ++slot) {
     if (const auto ended = engine_->cancel(slot)) end_fill(*ended);
   }
-  arrived_.wait(lock, [this] { return in_flight_ == 0; });
+  arrived_.wait(lock, [this] { return scheduler_.fills().in_flight() == 0; });
   paused_ = false;
   scheduler_ = Scheduler{scheduler_.foresight().shape, policies_};
   std::ranges::fill(timings_, LayerStats{});

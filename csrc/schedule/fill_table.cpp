@@ -19,32 +19,30 @@ void require(bool allowed, const char* call, SlotIndex slot) {
 FillTable::FillTable(const SchedulerShape& shape)
     : slots_{shape.slot_count, shape.layer_count, shape.expert_count},
       blob_bytes_{shape.blob_bytes},
-      fills_(shape.slot_count),
       queue_{std::size_t{shape.layer_count} * shape.expert_count},
-      stats_(shape.layer_count) {
-  changes_.reserve(shape.slot_count);
-}
+      stats_(shape.layer_count) {}
 
 std::optional<SlotIndex> FillTable::find(ExpertId expert) const {
   const auto slot = slots_.find(expert);
-  return slot && fills_[*slot].state == FillState::cancelled ? std::nullopt : slot;
+  return slot && slots_[*slot].fill.state == FillState::cancelled ? std::nullopt : slot;
 }
 
 bool FillTable::ending(ExpertId expert) const {
   const auto slot = slots_.find(expert);
-  return slot && fills_[*slot].state == FillState::cancelled;
+  return slot && slots_[*slot].fill.state == FillState::cancelled;
 }
 
 SlotIndex FillTable::begin(ExpertId expert, FillKind kind) {
   const SlotIndex slot = slots_.find_empty().value();
   slots_.begin_fill(slot, expert);
   const bool prefetch = kind == FillKind::prefetch;
-  fills_[slot] = {kind, FillState::filling, /*used=*/!prefetch, /*kept_for_pass=*/prefetch};
+  slots_.fill(slot) = {kind, FillState::filling, /*used=*/!prefetch, /*kept_for_pass=*/prefetch};
+  ++in_flight_of(kind);
   return slot;
 }
 
 bool FillTable::issue(SlotIndex slot) {
-  FillState& state = fills_.at(slot).state;
+  FillState& state = slots_.fill(slot).state;
   if (state == FillState::cancelled) return false;
   require(state == FillState::filling, "issue", slot);
   state = FillState::issued;
@@ -52,58 +50,74 @@ bool FillTable::issue(SlotIndex slot) {
 }
 
 void FillTable::read(SlotIndex slot) {
-  FillState& state = fills_.at(slot).state;
+  FillState& state = slots_.fill(slot).state;
   require(state == FillState::issued || state == FillState::read, "read", slot);
   state = FillState::read;
 }
 
 void FillTable::finish(SlotIndex slot) {
+  end(slot, FillState::none, blob_bytes_);
   slots_.finish_fill(slot);
-  count_moved(slot, blob_bytes_);
-  forget_changes(slot);
-  fills_[slot].state = FillState::none;
 }
 
 void FillTable::abort(SlotIndex slot, std::uint64_t bytes_moved) {
-  count_moved(slot, bytes_moved);
-  forget_changes(slot);
   const bool leased = slots_[slot].leases > 0;
-  fills_[slot].state = leased ? FillState::failed : FillState::none;
+  end(slot, leased ? FillState::failed : FillState::none, bytes_moved);
   if (!leased) slots_.abort_fill(slot);
 }
 
-void FillTable::cancel(SlotIndex slot) {
-  require(fills_.at(slot).state == FillState::filling, "cancel", slot);
-  fills_[slot].state = FillState::cancelled;
-  change(slot, FillChange::To::cancelled);
+void FillTable::end(SlotIndex slot, FillState state, std::uint64_t bytes_moved) {
+  FillRecord& fill = slots_.fill(slot);
+  require(fill.state != FillState::none && fill.state != FillState::failed, "end", slot);
+  LayerStats& stats = stats_[slots_[slot].expert.layer];
+  (fill.kind == FillKind::demand ? stats.demand_bytes : stats.prefetch_bytes) += bytes_moved;
+  --in_flight_of(fill.kind);
+  drop_change(fill);
+  fill.state = state;
 }
 
-void FillTable::promote(SlotIndex slot) { change(slot, FillChange::To::promoted); }
+void FillTable::cancel(SlotIndex slot) {
+  FillRecord& fill = slots_.fill(slot);
+  require(fill.state == FillState::filling, "cancel", slot);
+  fill.state = FillState::cancelled;
+  note_change(fill);
+}
+
+void FillTable::promote(SlotIndex slot) { note_change(slots_.fill(slot)); }
 
 void FillTable::demote(SlotIndex slot) {
-  require(fills_.at(slot).state == FillState::filling, "demote", slot);
-  fills_[slot] = {FillKind::prefetch, FillState::filling, /*used=*/false, /*kept_for_pass=*/false};
+  FillRecord& fill = slots_.fill(slot);
+  require(fill.state == FillState::filling, "demote", slot);
+  --in_flight_of(fill.kind);
+  ++in_flight_of(FillKind::prefetch);
+  fill.kind = FillKind::prefetch;
+  fill.used = fill.kept_for_pass = false;
 }
 
-void FillTable::change(SlotIndex slot, FillChange::To to) {
-  forget_changes(slot);
-  changes_.push_back({slot, to});
+void FillTable::note_change(FillRecord& fill) {
+  if (fill.change == 0) ++changes_;
+  fill.change = ++last_change_;
 }
 
-void FillTable::forget_changes(SlotIndex slot) {
-  std::erase_if(changes_, [=](const FillChange& change) { return change.slot == slot; });
+void FillTable::drop_change(FillRecord& fill) {
+  if (std::exchange(fill.change, 0) != 0) --changes_;
 }
 
 std::optional<FillChange> FillTable::next_change() {
-  if (changes_.empty()) return std::nullopt;
-  const FillChange first = changes_.front();
-  changes_.erase(changes_.begin());
-  return first;
+  if (changes_ == 0) return std::nullopt;
+  // One that was not noted is last: 0 - 1 wraps round.
+  const auto place = [](const Slot& slot) { return slot.fill.change - 1; };
+  const auto first = std::ranges::min_element(slots_.slots(), {}, place);
+  const auto slot = static_cast<SlotIndex>(first - slots_.slots().begin());
+  FillRecord& fill = slots_.fill(slot);
+  drop_change(fill);
+  return FillChange{slot, fill.state == FillState::cancelled ? FillChange::To::cancelled
+                                                             : FillChange::To::promoted};
 }
 
 void FillTable::lease(SlotIndex slot) {
   slots_.lease(slot);
-  FillRecord& fill = fills_[slot];
+  FillRecord& fill = slots_.fill(slot);
   if (!fill.used) stats_[slots_[slot].expert.layer].prefetch_used_bytes += blob_bytes_;
   fill.used = true;
   fill.kept_for_pass = false;
@@ -111,13 +125,14 @@ void FillTable::lease(SlotIndex slot) {
 
 void FillTable::release(SlotIndex slot) {
   slots_.release(slot);
-  if (slots_[slot].leases > 0 || fills_[slot].state != FillState::failed) return;
-  fills_[slot].state = FillState::none;
+  FillState& state = slots_.fill(slot).state;
+  if (slots_[slot].leases > 0 || state != FillState::failed) return;
+  state = FillState::none;
   slots_.abort_fill(slot);
 }
 
 bool FillTable::keep_for_pass(SlotIndex slot, bool keep) {
-  return std::exchange(fills_.at(slot).kept_for_pass, keep);
+  return std::exchange(slots_.fill(slot).kept_for_pass, keep);
 }
 
 SlotIndex FillTable::resident_count() const {
@@ -126,12 +141,8 @@ SlotIndex FillTable::resident_count() const {
 }
 
 bool FillTable::read_before_landed() const {
-  return std::ranges::count(fills_, FillState::read, &FillRecord::state) > 0;
-}
-
-void FillTable::count_moved(SlotIndex slot, std::uint64_t bytes) {
-  LayerStats& stats = stats_[slots_[slot].expert.layer];
-  (fills_[slot].kind == FillKind::demand ? stats.demand_bytes : stats.prefetch_bytes) += bytes;
+  const auto read = [](const Slot& slot) { return slot.fill.state == FillState::read; };
+  return std::ranges::any_of(slots_.slots(), read);
 }
 
 }  // namespace spmoe

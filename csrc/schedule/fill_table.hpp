@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -23,30 +25,8 @@ struct FillChange {
   To to;
 };
 
-/// Where the latest fill of a slot stands.
-///
-///     none -> filling -> issued -> read
-///                 |         |        |    an end: none, or failed while the slot is leased
-///                 +-> cancelled      v
-enum class FillState : std::uint8_t {
-  none,       ///< ended; the slot is empty or resident
-  filling,    ///< started
-  issued,     ///< may be computed behind
-  read,       ///< issued, and its expert was given out to be computed
-  cancelled,  ///< nobody wants it; it has its slot until it ends, whole or not
-  failed      ///< ended without its expert, in a slot that is still leased
-};
-
-/// The latest fill of a slot.
-struct FillRecord {
-  FillKind kind = FillKind::demand;
-  FillState state = FillState::none;
-  bool used = true;            ///< false: a prefetch whose expert was not used yet
-  bool kept_for_pass = false;  ///< until its layer has run no prefetch takes its slot
-};
-
-/// Every expert on its way or in a slot: fills that wait, fills in flight and slots that are
-/// filled, with the counters of what was moved. One thread. After construction it allocates
+/// Every fill and every expert in a slot, with the counters of what was moved. A fill waits in
+/// `queue`; from `begin` on its state is in its slot. One thread. After construction it allocates
 /// nothing. A call that the state forbids is a bug of the caller and throws std::logic_error.
 class FillTable {
  public:
@@ -55,7 +35,7 @@ class FillTable {
   FillTable& operator=(const FillTable&) = delete;
 
   [[nodiscard]] const SlotTable& slots() const noexcept { return slots_; }
-  [[nodiscard]] const FillRecord& operator[](SlotIndex slot) const { return fills_.at(slot); }
+  [[nodiscard]] const FillRecord& operator[](SlotIndex slot) const { return slots_[slot].fill; }
 
   /// The slot that holds the expert or is being filled with it, unless that fill is cancelled.
   [[nodiscard]] std::optional<SlotIndex> find(ExpertId expert) const;
@@ -85,7 +65,8 @@ class FillTable {
   void promote(SlotIndex slot);
   /// A demand in flight that nobody waits for any more is as good as a prefetch.
   void demote(SlotIndex slot);
-  /// The next change of a fill in flight, or none; each is told once, before its fill's end.
+  /// The earliest change of a fill in flight that was not taken yet, or none. The end of a fill
+  /// drops its change.
   [[nodiscard]] std::optional<FillChange> next_change();
 
   /// Leases the slot to compute for `layer` and counts the first use of a prefetch.
@@ -96,6 +77,13 @@ class FillTable {
   /// Keeps the slot from prefetches until its layer has run, or no more. Returns what was before.
   bool keep_for_pass(SlotIndex slot, bool keep);
 
+  /// Fills in flight, of a kind or in all.
+  [[nodiscard]] std::size_t in_flight(FillKind kind) const noexcept {
+    return in_flight_[static_cast<std::size_t>(kind)];
+  }
+  [[nodiscard]] std::size_t in_flight() const noexcept {
+    return in_flight(FillKind::prefetch) + in_flight(FillKind::demand);
+  }
   [[nodiscard]] SlotIndex resident_count() const;
 
   /// Whether something was computed behind a fill that has not ended.
@@ -105,15 +93,19 @@ class FillTable {
   [[nodiscard]] LayerStats& stats(std::uint16_t layer) { return stats_.at(layer); }
 
  private:
-  void count_moved(SlotIndex slot, std::uint64_t bytes);
-  void change(SlotIndex slot, FillChange::To to);
-  void forget_changes(SlotIndex slot);
+  void end(SlotIndex slot, FillState state, std::uint64_t bytes_moved);
+  void note_change(FillRecord& fill);
+  void drop_change(FillRecord& fill);
+  [[nodiscard]] std::size_t& in_flight_of(FillKind kind) {
+    return in_flight_[static_cast<std::size_t>(kind)];
+  }
 
   SlotTable slots_;
   std::uint64_t blob_bytes_;
-  std::vector<FillRecord> fills_;  // by slot
   TransferQueue queue_;
-  std::vector<FillChange> changes_;  // not told, at most one a slot
+  std::array<std::size_t, 2> in_flight_{};  // fills, by kind
+  std::uint64_t last_change_ = 0;           // its place in the order
+  std::size_t changes_ = 0;                 // not taken yet
   std::vector<LayerStats> stats_;
 };
 

@@ -52,7 +52,7 @@ void SlotTable::begin_fill(SlotIndex slot, ExpertId expert) {
       "begin_fill");
   std::ranges::pop_heap(empty_, std::greater{});
   empty_.pop_back();
-  filled = {SlotState::filling, expert, 0};
+  filled = {.state = SlotState::filling, .expert = expert};
   slot_of_[place(expert)] = slot;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/types.hpp"
+#include "schedule/transfer_queue.hpp"
 
 namespace spmoe {
 
@@ -14,10 +15,34 @@ namespace spmoe {
 /// filled, by who computes behind the fill.
 enum class SlotState : std::uint8_t { empty, filling, resident };
 
+/// Where the latest fill of a slot stands.
+///
+///     none -> filling -> issued -> read
+///                 |         |        |    an end: none, or failed while the slot is leased
+///                 +-> cancelled      v
+enum class FillState : std::uint8_t {
+  none,       ///< ended; the slot is empty or resident
+  filling,    ///< started
+  issued,     ///< may be computed behind
+  read,       ///< issued, and its expert was given out to be computed
+  cancelled,  ///< nobody wants it; it has its slot until it ends, whole or not
+  failed      ///< ended without its expert, in a slot that is still leased
+};
+
+/// The latest fill of a slot.
+struct FillRecord {
+  FillKind kind = FillKind::demand;
+  FillState state = FillState::none;
+  bool used = true;            ///< false: a prefetch whose expert was not used yet
+  bool kept_for_pass = false;  ///< until its layer has run no prefetch takes its slot
+  std::uint64_t change = 0;    ///< place in the order of changes not taken yet; 0: none
+};
+
 struct Slot {
   SlotState state = SlotState::empty;
   ExpertId expert{};         ///< meaningful unless empty
   std::uint32_t leases = 0;  ///< uses under way
+  FillRecord fill{};         ///< `FillTable` keeps it
 };
 
 /// Residency: which expert is in which slot, in which state, leased how often. One thread.
@@ -28,6 +53,7 @@ class SlotTable {
 
   [[nodiscard]] std::span<const Slot> slots() const noexcept { return slots_; }
   [[nodiscard]] const Slot& operator[](SlotIndex slot) const { return slots_.at(slot); }
+  [[nodiscard]] FillRecord& fill(SlotIndex slot) { return slots_.at(slot).fill; }
 
   /// The slot that holds or is being filled with `expert`.
   [[nodiscard]] std::optional<SlotIndex> find(ExpertId expert) const;

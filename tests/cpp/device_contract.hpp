@@ -197,7 +197,6 @@ TEST_P(DeviceContract, copies_of_every_size_arrive_from_memory_and_from_files) {
                                      : Extent{source.data(), -1, 13, bytes};
       const Completion end = link.copy(buffer.data() + 100, {where}, CopyPriority::prefetch);
       EXPECT_EQ(end.outcome, Outcome::arrived);
-      EXPECT_EQ(end.priority, CopyPriority::prefetch);
       EXPECT_EQ(end.bytes_moved, bytes);
       EXPECT_EQ(read(buffer, 100, bytes), part(source, 13, bytes))
           << bytes << (from_file ? " file" : " memory");
@@ -584,7 +583,6 @@ TEST_P(DeviceContract, a_promoted_copy_overtakes_the_prefetches_before_it) {
   link.engine().promote(9);  // there is none
   const Completion end = link.next_end();
   EXPECT_EQ(end.slot, 1u);
-  EXPECT_EQ(end.priority, CopyPriority::prefetch) << "not as submitted";
   EXPECT_EQ(end.outcome, Outcome::arrived);
   EXPECT_EQ(read(buffer, source.size(), 3 * chunk_bytes), part(source, 5, 3 * chunk_bytes));
   // Two threads at half a chunk each.

@@ -78,6 +78,43 @@ TEST(FillTable, a_slot_whose_fill_failed_is_empty_once_it_is_not_leased) {
   EXPECT_EQ(fills.slots()[slot].state, SlotState::empty);
 }
 
+TEST(FillTable, changes_are_taken_in_the_order_in_which_they_were_made) {
+  FillTable fills{shape};
+  const SlotIndex low = fills.begin({0, 0}, FillKind::prefetch);
+  const SlotIndex middle = fills.begin({0, 1}, FillKind::prefetch);
+  const SlotIndex high = fills.begin({0, 2}, FillKind::prefetch);
+  fills.promote(low);
+  fills.promote(high);
+  fills.cancel(middle);
+  fills.cancel(low);  // in place of its promotion
+  for (const SlotIndex slot : {high, middle, low}) {
+    const auto change = fills.next_change();
+    ASSERT_TRUE(change);
+    EXPECT_EQ(change->slot, slot);
+    EXPECT_EQ(change->to, slot == high ? FillChange::To::promoted : FillChange::To::cancelled);
+  }
+  EXPECT_FALSE(fills.next_change());
+}
+
+TEST(FillTable, fills_in_flight_are_counted_by_kind_until_they_end) {
+  FillTable fills{shape};
+  const SlotIndex demand = fills.begin({0, 0}, FillKind::demand);
+  const SlotIndex prefetch = fills.begin({0, 1}, FillKind::prefetch);
+  EXPECT_EQ(fills.in_flight(FillKind::demand), 1u);
+  EXPECT_EQ(fills.in_flight(FillKind::prefetch), 1u);
+  fills.promote(prefetch);
+  EXPECT_EQ(fills.in_flight(FillKind::prefetch), 1u) << "its kind stays";
+  fills.demote(demand);
+  EXPECT_EQ(fills.in_flight(FillKind::demand), 0u);
+  EXPECT_EQ(fills.in_flight(FillKind::prefetch), 2u);
+  fills.finish(demand);
+  fills.abort(prefetch, 3);
+  EXPECT_EQ(fills.in_flight(), 0u);
+  EXPECT_THROW(fills.finish(demand), std::logic_error) << "ended twice";
+  EXPECT_THROW(fills.abort(prefetch, 3), std::logic_error) << "ended twice";
+  EXPECT_EQ(fills.in_flight(), 0u);
+}
+
 TEST(FillTable, a_change_is_forgotten_when_its_fill_ends) {
   FillTable fills{shape};
   const SlotIndex slot = fills.begin({0, 1}, FillKind::prefetch);

@@ -72,6 +72,11 @@ class Walk {
     ASSERT_EQ(scheduler_.fills().resident_count(),
               std::ranges::count_if(
                   slots_, [](const ModelSlot& slot) { return slot.expert && !slot.filling; }));
+    for (const FillKind kind : {FillKind::prefetch, FillKind::demand}) {
+      ASSERT_EQ(scheduler_.fills().in_flight(kind),
+                std::ranges::count(in_flight_, kind,
+                                   [this](SlotIndex slot) { return slots_[slot].kind; }));
+    }
   }
 
   [[nodiscard]] std::uint64_t needs_ended() const { return needs_ended_; }
