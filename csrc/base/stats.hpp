@@ -18,8 +18,8 @@ struct LayerStats {
   std::uint64_t recalled = 0;             ///< of these, among the top-k of a prediction
   std::uint64_t recalled_2k = 0;          ///< of these, among the top-2k
   std::uint64_t critical = 0;             ///< experts among the top-k of those predictions
-  std::uint64_t cancelled = 0;            ///< prefetches withdrawn before they started
-  std::uint64_t cancelled_bytes = 0;      ///< not moved, of prefetches withdrawn on their way
+  std::uint64_t cancelled = 0;            ///< prefetches cancelled before they started
+  std::uint64_t cancelled_bytes = 0;      ///< not moved, of prefetches cancelled in flight
   double stall_s = 0;                     ///< compute waited for the link
   double compute_s = 0;                   ///< compute ran
 

@@ -26,11 +26,12 @@ struct BegunChunk {
   /// An event behind the chunk that a consumer may wait for on the device; 0 if there is none: only
   /// `ChunkMover::finish` says when the chunk has arrived.
   std::uintptr_t arrival = 0;
-  std::string error;  ///< why the chunk did not begin, or failed; empty if it did
+  std::string error;  ///< why the chunk did not begin, or failed later; empty: neither
 };
 
 /// Moves chunks, one or several at a time. One call at a time, from any thread. `begin` does not
-/// wait for bytes that come from page-locked memory.
+/// wait for bytes that come from page-locked memory: a thread that submits a copy of such bytes may
+/// call it itself.
 class ChunkMover {
  public:
   using Clock = std::chrono::steady_clock;

@@ -192,7 +192,7 @@ std::byte* Runtime::slot_data(SlotIndex slot) const { return pool_->data() + slo
 void Runtime::begin_request() {
   auto lock = lock_open();
   store_->check_unchanged();
-  arrived_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
+  arrived_.wait(lock, [this] { return !scheduler_.fills().read_before_arrival(); });
   spoiled_.clear();  // of the request before
   ++epoch_;
   scheduler_.begin_request();
@@ -303,7 +303,7 @@ std::vector<UseForecast::Bucket> Runtime::calibration() const {
 
 void Runtime::end_iteration(std::uint32_t accepted) {
   auto lock = lock_open();
-  arrived_.wait(lock, [this] { return !scheduler_.fills().read_before_landed(); });
+  arrived_.wait(lock, [this] { return !scheduler_.fills().read_before_arrival(); });
   throw_failure(spoiled_);
   ++iterations_;
   ++epoch_;

@@ -44,7 +44,7 @@ void Runtime::end_fill(const Completion& completion) {
   const SlotIndex slot = completion.slot;
   const ExpertId expert = scheduler_.fills().slots()[slot].expert;
   const bool demand = scheduler_.fills()[slot].kind == FillKind::demand;
-  const FillOutcome outcome = completion.outcome == Outcome::arrived     ? FillOutcome::landed
+  const FillOutcome outcome = completion.outcome == Outcome::arrived     ? FillOutcome::arrived
                               : completion.outcome == Outcome::cancelled ? FillOutcome::cancelled
                                                                          : FillOutcome::failed;
   if (const Spoiled spoiled = scheduler_.progress(slot, outcome, completion.bytes_moved);

@@ -50,7 +50,7 @@ std::span<const std::int64_t> Runtime::fetch_index(std::uint16_t layer, const La
   bool behind = false;  // the router behind compute, and that behind the link
   {
     const std::scoped_lock lock{mutex_};
-    behind = scheduler_.fills().read_before_landed();
+    behind = scheduler_.fills().read_before_arrival();
   }
   const std::size_t count = std::size_t{args.tokens} * args.k;
   const std::size_t bytes = count * sizeof(std::int64_t);
@@ -96,15 +96,16 @@ void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t la
   for (std::size_t first = 0, last = 0; first < ready_.size(); first = last) {
     tasks_.clear();
     std::size_t rows = 0;
-    // What is still landing runs by itself, so that nothing else waits for it.
-    for (; last < ready_.size() && (last == first || (rows < launch_rows && !ready_[last].landing));
+    // An expert in flight runs by itself, so that nothing else waits for it.
+    for (;
+         last < ready_.size() && (last == first || (rows < launch_rows && !ready_[last].in_flight));
          ++last) {
       tasks_.push_back(rows_.task(ready_[last].expert, slot_data(ready_[last].slot)));
-      rows += ready_[last].landing ? launch_rows : tasks_.back().out_rows.size();
+      rows += ready_[last].in_flight ? launch_rows : tasks_.back().out_rows.size();
     }
     lock.unlock();
     const double start_s = now_s();
-    if (ready_[first].landing) engine_->make_consumer_wait(consumer, ready_[first].slot);
+    if (ready_[first].in_flight) engine_->make_consumer_wait(consumer, ready_[first].slot);
     compute_->run(tasks_);
     const EventId used = device_->record_event(consumer);
     lock.lock();

@@ -140,7 +140,7 @@ SlotIndex FillTable::resident_count() const {
       std::ranges::count(slots_.slots(), SlotState::resident, &Slot::state));
 }
 
-bool FillTable::read_before_landed() const {
+bool FillTable::read_before_arrival() const {
   const auto read = [](const Slot& slot) { return slot.fill.state == FillState::read; };
   return std::ranges::any_of(slots_.slots(), read);
 }

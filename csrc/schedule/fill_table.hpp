@@ -54,7 +54,7 @@ class FillTable {
   bool issue(SlotIndex slot);
   /// The expert of an issued fill is given out: it is computed behind the fill.
   void read(SlotIndex slot);
-  /// Ends a fill that has landed whole: the expert is resident.
+  /// Ends a fill that has arrived whole: the expert is resident.
   void finish(SlotIndex slot);
   /// Ends a fill that moved `bytes_moved` bytes, not all: the slot is empty once it is not leased.
   void abort(SlotIndex slot, std::uint64_t bytes_moved);
@@ -87,7 +87,7 @@ class FillTable {
   [[nodiscard]] SlotIndex resident_count() const;
 
   /// Whether something was computed behind a fill that has not ended.
-  [[nodiscard]] bool read_before_landed() const;
+  [[nodiscard]] bool read_before_arrival() const;
 
   [[nodiscard]] std::span<const LayerStats> stats() const noexcept { return stats_; }
   [[nodiscard]] LayerStats& stats(std::uint16_t layer) { return stats_.at(layer); }

@@ -32,7 +32,7 @@ struct Admission {
 
 /// Turns predictions into prefetches, which it keeps in the transfer queue. The scheduler calls
 /// it, updates the forecast before it does, and leaves out of service what is resident already.
-/// When a layer is needed, the scheduler withdraws its prefetches itself, those under way too
+/// When a layer is needed, the scheduler cancels its prefetches itself, those under way too
 /// unless the policy keeps them. Implementations need no lock and must not call back.
 class PrefetchPolicy {
  public:
@@ -51,7 +51,7 @@ class PrefetchPolicy {
 
   /// Whether a prefetch under way is worth finishing although what asked for it is past: its layer
   /// has run without the expert, or the iteration that predicted it has ended. If not, it is
-  /// withdrawn. Asked after `on_need` or `on_end_iteration`.
+  /// cancelled. Asked after `on_need` or `on_end_iteration`.
   [[nodiscard]] virtual bool keeps(ExpertId /*expert*/) const { return false; }
 };
 

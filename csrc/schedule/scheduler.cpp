@@ -25,7 +25,7 @@ Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
       prediction_stats_{shape},
       wants_(shape.expert_count, Want::none),
       one_row_(shape.expert_count, 1) {
-  landed_.reserve(shape.expert_count);
+  ready_.reserve(shape.expert_count);
   candidates_.reserve(shape.slot_count);
 }
 
@@ -122,17 +122,17 @@ void Scheduler::become_ready(SlotIndex slot) {
   fills_->lease(slot);
   eviction_->on_use(slot);
   wants_[expert] = Want::leased;
-  landed_.push_back({expert, slot});
+  ready_.push_back({expert, slot});
 }
 
 void Scheduler::take_ready(std::vector<ReadyExpert>& ready) {
-  for (ReadyExpert& landed : landed_) {
-    const FillState state = (*fills_)[landed.slot].state;
-    landed.landing = state == FillState::issued || state == FillState::read;
-    if (landed.landing) fills_->read(landed.slot);
+  for (ReadyExpert& each : ready_) {
+    const FillState state = (*fills_)[each.slot].state;
+    each.in_flight = state == FillState::issued || state == FillState::read;
+    if (each.in_flight) fills_->read(each.slot);
   }
-  ready.insert(ready.end(), landed_.begin(), landed_.end());
-  landed_.clear();
+  ready.insert(ready.end(), ready_.begin(), ready_.end());
+  ready_.clear();
 }
 
 void Scheduler::computed(std::uint16_t expert) {
@@ -148,7 +148,7 @@ void Scheduler::abandon_need() {
     if (want != Want::waiting || fills_->queue().cancel(id)) continue;
     if (const auto slot = fills_->find(id)) fills_->demote(*slot);
   }
-  landed_.clear();
+  ready_.clear();
 }
 
 void Scheduler::end_iteration() {

@@ -24,7 +24,7 @@ struct Fill {
 /// What a fill in flight has come to. All but `issued` end it.
 enum class FillOutcome : std::uint8_t {
   issued,     ///< compute may be ordered behind it; told at most once
-  landed,     ///< whole, even if it was cancelled
+  arrived,    ///< whole, even if it was cancelled
   cancelled,  ///< with a part of its bytes; not after `issued`
   failed      ///< with a part of its bytes
 };
@@ -40,7 +40,7 @@ enum class Spoiled : std::uint8_t {
 struct ReadyExpert {
   std::uint16_t expert;
   SlotIndex slot;
-  bool landing = false;  ///< only behind its fill, which is issued and has not ended
+  bool in_flight = false;  ///< only behind its fill, which is issued and has not ended
 };
 
 /// Decides which expert is filled into which slot, and when. A state machine: it owns no thread,
@@ -54,13 +54,13 @@ struct ReadyExpert {
 /// One need at a time: `need` opens it, `take_ready` and `computed` consume it, and it ends when
 /// every expert has been computed or by `abandon_need`. Meanwhile `FillTable::next_change`,
 /// `next_fill` and `progress` move the transfers on. Where compute can be ordered behind a fill,
-/// `FillOutcome::issued` makes its expert ready before it has landed.
+/// `FillOutcome::issued` makes its expert ready before it has arrived.
 ///
 /// A prefetch in flight is cancelled when its layer runs without its expert, or when the iteration
 /// that predicted it ends and its layer has not run, unless the policy keeps it. After a
 /// verification every layer has run, so the second concerns drafts that were never verified. A
 /// cancelled fill still has its slot until its end is told: one that is needed meanwhile is a miss,
-/// demanded anew, and read again unless the first turns out to have landed whole.
+/// demanded anew, and read again unless the first turns out to have arrived whole.
 class Scheduler {
  public:
   /// @throws InvalidArgument if a policy of that name does not exist.
@@ -88,7 +88,7 @@ class Scheduler {
             std::span<const std::uint32_t> rows = {}, std::uint32_t tokens = 1);
 
   /// Appends the experts of the running need that became ready since the last call, in the order
-  /// in which they landed.
+  /// in which they arrived.
   void take_ready(std::vector<ReadyExpert>& ready);
 
   /// Compute has finished with an expert of the running need: its lease ends.
@@ -99,7 +99,8 @@ class Scheduler {
 
   /// The next fill to start, with its slot assigned, or none: nothing waits, or every slot is
   /// leased, being filled or worth more than what waits. Demands come first. Changes of fills in
-  /// flight are to be taken before, from `fills()`; a driver that never asks lets such fills land.
+  /// flight are to be taken before, from `fills()`; a driver that never asks lets such fills
+  /// arrive.
   [[nodiscard]] std::optional<Fill> next_fill(FillKind at_least = FillKind::prefetch);
 
   /// The fill in flight into `slot` has come to `outcome`.
@@ -147,7 +148,7 @@ class Scheduler {
   static constexpr std::uint16_t no_layer = 0xFFFF;
   std::uint16_t ahead_layer_ = no_layer;  // of the prompt under way, being read ahead
   std::vector<Want> wants_;               // by expert of `layer_`
-  std::vector<ReadyExpert> landed_;
+  std::vector<ReadyExpert> ready_;
   std::vector<Candidate> candidates_;
   std::vector<std::uint32_t> one_row_;
 };

@@ -98,7 +98,7 @@ Spoiled Scheduler::progress(SlotIndex slot, FillOutcome outcome, std::uint64_t b
     if (waited_for(expert)) become_ready(slot);
     return Spoiled::nothing;
   }
-  const bool whole = outcome == FillOutcome::landed;
+  const bool whole = outcome == FillOutcome::arrived;
   foresight_->limits.moved_bytes += whole ? shape_.blob_bytes : bytes_moved;
   if (whole) {
     finish_fill(slot);

@@ -36,16 +36,16 @@ class TransferQueue {
 
   void erase(std::size_t i) { waiting_.erase(waiting_.begin() + static_cast<std::ptrdiff_t>(i)); }
 
-  /// Withdraws an expert, whatever it waits for. Returns whether it was waiting.
+  /// Cancels an expert, whatever it waits for. Returns whether it was waiting.
   bool cancel(ExpertId expert);
 
-  /// Withdraws an expert that waits as `kind`. Returns whether it did.
+  /// Cancels an expert that waits as `kind`. Returns whether it did.
   bool cancel(ExpertId expert, FillKind kind);
 
-  /// Withdraws the entries of `kind` for experts of `layer`. Returns how many.
+  /// Cancels the entries of `kind` for experts of `layer`. Returns how many.
   std::size_t cancel_layer(std::uint16_t layer, FillKind kind);
 
-  /// Withdraws every entry of `kind`. Returns how many.
+  /// Cancels every entry of `kind`. Returns how many.
   std::size_t cancel_all(FillKind kind);
 
  private:

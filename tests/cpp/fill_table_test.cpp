@@ -10,7 +10,7 @@ namespace {
 constexpr SchedulerShape shape{/*layer_count=*/2, /*expert_count=*/4, /*slot_count=*/3,
                                /*blob_bytes=*/100};
 
-TEST(FillTable, a_fill_that_lands_makes_its_expert_resident_and_counts_its_bytes) {
+TEST(FillTable, a_fill_that_arrives_makes_its_expert_resident_and_counts_its_bytes) {
   FillTable fills{shape};
   const SlotIndex slot = fills.begin({1, 2}, FillKind::prefetch);
   EXPECT_EQ(fills[slot].state, FillState::filling);
@@ -36,12 +36,12 @@ TEST(FillTable, what_is_computed_behind_a_fill_is_known_until_the_fill_ends) {
   const SlotIndex slot = fills.begin({0, 0}, FillKind::demand);
   EXPECT_THROW(fills.read(slot), std::logic_error);
   EXPECT_TRUE(fills.issue(slot));
-  EXPECT_FALSE(fills.read_before_landed());
+  EXPECT_FALSE(fills.read_before_arrival());
   fills.read(slot);
-  EXPECT_TRUE(fills.read_before_landed());
+  EXPECT_TRUE(fills.read_before_arrival());
   EXPECT_THROW(fills.cancel(slot), std::logic_error);
   fills.finish(slot);
-  EXPECT_FALSE(fills.read_before_landed());
+  EXPECT_FALSE(fills.read_before_arrival());
 }
 
 TEST(FillTable, a_cancelled_fill_has_its_slot_until_it_ends_but_not_its_expert) {
@@ -71,7 +71,7 @@ TEST(FillTable, a_slot_whose_fill_failed_is_empty_once_it_is_not_leased) {
   fills.read(slot);
   fills.abort(slot, 7);
   EXPECT_EQ(fills[slot].state, FillState::failed);
-  EXPECT_FALSE(fills.read_before_landed());
+  EXPECT_FALSE(fills.read_before_arrival());
   EXPECT_EQ(fills.slots()[slot].state, SlotState::filling);
   fills.release(slot);
   EXPECT_EQ(fills[slot].state, FillState::none);

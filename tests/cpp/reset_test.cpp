@@ -16,7 +16,7 @@ struct Trial {
   LayerStats stats;
 };
 
-/// Some requests, drawn by a seed, every fill landing at once.
+/// Some requests, drawn by a seed, every fill arriving at once.
 Trial decode(Scheduler& scheduler, std::uint32_t seed) {
   constexpr std::uint16_t layers = 4;
   constexpr std::uint16_t experts = 8;
@@ -28,12 +28,12 @@ Trial decode(Scheduler& scheduler, std::uint32_t seed) {
       std::vector<float> scores(experts);
       for (float& score : scores) score = static_cast<float>(random() % 100) / 50.0F;
       scheduler.predict(layer, scores);
-      for (const ExpertId& expert : land_prefetches(scheduler)) trial.filled.push_back(expert);
+      for (const ExpertId& expert : finish_prefetches(scheduler)) trial.filled.push_back(expert);
     }
     for (std::uint16_t layer = 0; layer < layers; ++layer) {
       const auto first = static_cast<std::uint16_t>(random() % experts);
       run(scheduler, layer, {first, static_cast<std::uint16_t>((first + 1) % experts)});
-      for (const ExpertId& expert : land_prefetches(scheduler)) trial.filled.push_back(expert);
+      for (const ExpertId& expert : finish_prefetches(scheduler)) trial.filled.push_back(expert);
     }
     scheduler.end_iteration();
   }

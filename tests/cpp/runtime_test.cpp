@@ -221,7 +221,7 @@ TEST(Runtime, gives_the_same_bits_under_every_policy_whatever_another_thread_pre
   }
 }
 
-TEST(Runtime, accounts_for_every_byte_when_wrong_prefetches_are_withdrawn_late_and_fail) {
+TEST(Runtime, accounts_for_every_byte_when_wrong_prefetches_are_cancelled_late_and_fail) {
   const auto calls = conversation(34);
   std::uint64_t cancelled_bytes = 0;
   for (const std::string& prefetch : prefetch_policy_names()) {
@@ -291,7 +291,7 @@ TEST(Runtime, several_prefetches_of_small_experts_are_on_the_link_at_a_time) {
   RuntimeOptions slow = options(all_slots);
   slow.experts_per_token = expert_count;
   slow.policies.prefetch = "sp-moe";
-  slow.link.link_gbps = 1e-6;  // none lands meanwhile
+  slow.link.link_gbps = 1e-6;  // none arrives meanwhile
   Runtime runtime{store(), slow};
   const std::vector<float> chosen(expert_count, 1.5F);
   for (std::uint16_t layer = 0; layer < layer_count; ++layer) runtime.predict(layer, chosen);
@@ -392,7 +392,7 @@ TEST(Runtime, counters_add_up) {
     const RuntimeStats stats = runtime.stats();
     const LayerStats sum = total(runtime);
     EXPECT_EQ(sum.hits + sum.late + sum.misses, needed);
-    // A withdrawn prefetch that is needed again may land whole all the same.
+    // A cancelled prefetch that is needed again may arrive whole all the same.
     EXPECT_LE(sum.demand_bytes, sum.misses * slot_bytes);
     EXPECT_EQ(moved(sum), stats.link.bytes);
     EXPECT_LE(sum.prefetch_used_bytes, sum.prefetch_bytes);

@@ -47,14 +47,14 @@ inline Experts take(Scheduler& scheduler) {
   return experts;
 }
 
-/// Runs a need to its end, every fill landing at once. Returns how many fills there were.
+/// Runs a need to its end, every fill arriving at once. Returns how many fills there were.
 inline std::size_t run(Scheduler& scheduler, std::uint16_t layer, const Experts& experts) {
   scheduler.need(layer, experts);
   std::size_t fills = 0;
   for (std::size_t computed = 0; computed < experts.size();) {
     const auto fill = scheduler.next_fill(FillKind::demand);
     if (fill) {
-      scheduler.progress(fill->slot, FillOutcome::landed);
+      scheduler.progress(fill->slot, FillOutcome::arrived);
       ++fills;
     }
     const Experts ready = take(scheduler);
@@ -68,11 +68,11 @@ inline std::size_t run(Scheduler& scheduler, std::uint16_t layer, const Experts&
   return fills;
 }
 
-/// Fills of prefetches that may start now land at once. Returns their experts.
-inline std::vector<ExpertId> land_prefetches(Scheduler& scheduler) {
+/// Fills of prefetches that may start now arrive at once. Returns their experts.
+inline std::vector<ExpertId> finish_prefetches(Scheduler& scheduler) {
   std::vector<ExpertId> experts;
   while (const auto fill = scheduler.next_fill()) {
-    scheduler.progress(fill->slot, FillOutcome::landed);
+    scheduler.progress(fill->slot, FillOutcome::arrived);
     experts.push_back(fill->expert);
   }
   return experts;

@@ -45,7 +45,7 @@ class PolicyWalk {
       for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) {
         predict(layer, routing_[pass * shape_.layer_count + layer], PredictionSource::draft);
         if (random_() % 2 == 0) start(FillKind::prefetch);
-        if (random_() % 2 == 0) land();
+        if (random_() % 2 == 0) finish_fill();
       }
     }
     const bool verified = random_() % 5 != 0;
@@ -57,9 +57,9 @@ class PolicyWalk {
     check();
   }
 
-  /// Lands all that is under way, so that the counters can be closed.
+  /// Ends every fill in flight, so that the counters can be closed.
   void finish() {
-    while (!in_flight_.empty()) land();
+    while (!in_flight_.empty()) finish_fill();
     check();
     EXPECT_GT(moved_bytes_, 0u);
   }
@@ -114,7 +114,7 @@ class PolicyWalk {
         predict(next, experts, PredictionSource::target);
       }
       start(random_() % 3 == 0 ? FillKind::demand : FillKind::prefetch);
-      if (random_() % 2 == 0) land();
+      if (random_() % 2 == 0) finish_fill();
       std::vector<ReadyExpert> ready;
       scheduler_.take_ready(ready);
       for (const ReadyExpert& each : ready) {
@@ -151,31 +151,31 @@ class PolicyWalk {
     in_flight_.push_back(fill->slot);
   }
 
-  void land() {
+  void finish_fill() {
     if (in_flight_.empty()) return;
     const auto place =
         in_flight_.begin() + static_cast<std::ptrdiff_t>(random_() % in_flight_.size());
-    const SlotIndex landed = *place;
+    const SlotIndex ended = *place;
     in_flight_.erase(place);
     tell_changes();
-    const bool withdrawn = slots_[landed].withdrawn;
+    const bool cancelled = slots_[ended].cancelled;
     const std::uint64_t part = random_() % blob_bytes;
-    if ((!running_ || withdrawn) && random_() % 16 == 0) {
-      slots_[landed] = {};
+    if ((!running_ || cancelled) && random_() % 16 == 0) {
+      slots_[ended] = {};
       moved_bytes_ += part;
-      ASSERT_EQ(scheduler_.progress(landed, FillOutcome::failed, part), Spoiled::nothing);
+      ASSERT_EQ(scheduler_.progress(ended, FillOutcome::failed, part), Spoiled::nothing);
       return;
     }
-    if (withdrawn && random_() % 4 != 0) {
-      slots_[landed] = {};
+    if (cancelled && random_() % 4 != 0) {
+      slots_[ended] = {};
       moved_bytes_ += part;
       cancelled_bytes_ += blob_bytes - part;
-      scheduler_.progress(landed, FillOutcome::cancelled, part);
+      scheduler_.progress(ended, FillOutcome::cancelled, part);
       return;
     }
-    slots_[landed].filling = slots_[landed].withdrawn = false;
+    slots_[ended].filling = slots_[ended].cancelled = false;
     moved_bytes_ += blob_bytes;
-    scheduler_.progress(landed, FillOutcome::landed);
+    scheduler_.progress(ended, FillOutcome::arrived);
   }
 
   void tell_changes() {
@@ -183,7 +183,7 @@ class PolicyWalk {
       ModelSlot& slot = slots_.at(change->slot);
       ASSERT_TRUE(slot.filling) << "nothing is under way";
       if (change->to == FillChange::To::cancelled) {
-        ASSERT_FALSE(std::exchange(slot.withdrawn, true)) << "withdrawn twice";
+        ASSERT_FALSE(std::exchange(slot.cancelled, true)) << "cancelled twice";
       }
     }
   }
@@ -211,7 +211,7 @@ class PolicyWalk {
     bool filling = false;
     bool leased = false;
     bool unused = false;  // prefetched, and not used since
-    bool withdrawn = false;
+    bool cancelled = false;
   };
 
   SchedulerShape shape_;
@@ -253,7 +253,7 @@ TEST_P(SchedulerPolicies, survive_iterations_whose_drafts_are_all_rejected) {
   const std::vector<float> scores{1.5F, 0.1F, 1.2F, 0.3F, 0.0F, 0.8F};
   for (int iteration = 0; iteration < 4; ++iteration) {
     for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
-    land_prefetches(scheduler);
+    finish_prefetches(scheduler);
     scheduler.end_iteration();
     EXPECT_FALSE(scheduler.next_fill()) << "a prefetch outlived its iteration";
   }
@@ -285,7 +285,7 @@ TEST_P(SchedulerPolicies, allocate_nothing_after_construction) {
       scheduler.need(layer, experts);
       for (std::size_t computed = 0; computed < experts.size();) {
         if (const auto fill = scheduler.next_fill())
-          scheduler.progress(fill->slot, FillOutcome::landed);
+          scheduler.progress(fill->slot, FillOutcome::arrived);
         scheduler.predict(2, scores, PredictionSource::target);
         ready.clear();
         scheduler.take_ready(ready);

@@ -18,7 +18,7 @@
 namespace spmoe {
 namespace {
 
-TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_landed) {
+TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_arrived) {
   Scheduler scheduler = make(2, 4, 2);
   scheduler.need(1, Experts{3});
   const auto fill = scheduler.next_fill();
@@ -27,7 +27,7 @@ TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_landed) {
   EXPECT_EQ(fill->kind, FillKind::demand);
   EXPECT_EQ(take(scheduler), Experts{});
   EXPECT_EQ(scheduler.fills().resident_count(), 0u);
-  scheduler.progress(fill->slot, FillOutcome::landed);
+  scheduler.progress(fill->slot, FillOutcome::arrived);
   std::vector<ReadyExpert> ready;
   scheduler.take_ready(ready);
   ASSERT_EQ(ready.size(), 1u);
@@ -37,7 +37,7 @@ TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_landed) {
   scheduler.computed(3);
 }
 
-TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_landed) {
+TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_arrived) {
   Scheduler scheduler = make(2, 4, 1);
   scheduler.need(0, Experts{1});
   const SlotIndex slot = scheduler.next_fill().value().slot;
@@ -45,13 +45,13 @@ TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_landed) {
   std::vector<ReadyExpert> ready;
   scheduler.take_ready(ready);
   ASSERT_EQ(ready.size(), 1u);
-  EXPECT_TRUE(ready[0].landing);
-  EXPECT_TRUE(scheduler.fills().read_before_landed());
+  EXPECT_TRUE(ready[0].in_flight);
+  EXPECT_TRUE(scheduler.fills().read_before_arrival());
   scheduler.computed(1);
   scheduler.need(1, Experts{0});
   EXPECT_FALSE(scheduler.next_fill()) << "its bytes are still being written";
-  scheduler.progress(slot, FillOutcome::landed);
-  EXPECT_FALSE(scheduler.fills().read_before_landed());
+  scheduler.progress(slot, FillOutcome::arrived);
+  EXPECT_FALSE(scheduler.fills().read_before_arrival());
   EXPECT_EQ(take(scheduler), Experts{});
   EXPECT_TRUE(scheduler.next_fill());
 }
@@ -68,7 +68,7 @@ TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) 
       if (computed) scheduler.computed(1);
       EXPECT_EQ(scheduler.progress(slot, FillOutcome::failed, 0),
                 computed ? Spoiled::results : Spoiled::need);
-      EXPECT_FALSE(scheduler.fills().read_before_landed());
+      EXPECT_FALSE(scheduler.fills().read_before_arrival());
       EXPECT_EQ(taken ? Experts{1} : take(scheduler), Experts{1});
       if (!computed) scheduler.computed(1);
       scheduler.need(0, Experts{1});
@@ -78,13 +78,13 @@ TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) 
   }
 }
 
-TEST(Scheduler, ready_experts_come_in_the_order_in_which_they_landed) {
+TEST(Scheduler, ready_experts_come_in_the_order_in_which_they_arrived) {
   Scheduler scheduler = make(1, 4, 4);
   run(scheduler, 0, {2});
   scheduler.need(0, Experts{0, 1, 2, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 3u);
-  for (const std::size_t i : {2U, 0U, 1U}) scheduler.progress(fills[i].slot, FillOutcome::landed);
+  for (const std::size_t i : {2U, 0U, 1U}) scheduler.progress(fills[i].slot, FillOutcome::arrived);
   EXPECT_EQ(take(scheduler), (Experts{2, 3, 0, 1}));  // the resident first
   EXPECT_EQ(take(scheduler), Experts{});
 }
@@ -94,7 +94,7 @@ TEST(Scheduler, counts_hits_late_ones_and_misses) {
   run(scheduler, 0, all_of(4));  // reads layer 1 ahead
   const auto ahead = start(scheduler);
   ASSERT_EQ(ahead.size(), 4u);
-  scheduler.progress(ahead[0].slot, FillOutcome::landed);
+  scheduler.progress(ahead[0].slot, FillOutcome::arrived);
   scheduler.progress(ahead[1].slot, FillOutcome::failed, 0);
   scheduler.need(1, Experts{0, 1, 2});
   const LayerStats& stats = scheduler.fills().stats()[1];
@@ -126,7 +126,7 @@ TEST(Scheduler, predictions_are_counted_by_layer) {
 TEST(Scheduler, a_leased_expert_is_never_evicted) {
   Scheduler scheduler = make(1, 4, 2);
   scheduler.need(0, Experts{0, 1, 2});
-  for (const Fill& fill : start(scheduler)) scheduler.progress(fill.slot, FillOutcome::landed);
+  for (const Fill& fill : start(scheduler)) scheduler.progress(fill.slot, FillOutcome::arrived);
   EXPECT_EQ(take(scheduler), (Experts{0, 1}));
   EXPECT_FALSE(scheduler.next_fill());  // both slots are leased
   scheduler.computed(1);
@@ -154,7 +154,7 @@ TEST(Scheduler, a_slot_that_is_being_filled_is_never_overwritten) {
   scheduler.abandon_need();
   scheduler.need(0, Experts{3});
   EXPECT_FALSE(scheduler.next_fill());
-  scheduler.progress(fills[1].slot, FillOutcome::landed);
+  scheduler.progress(fills[1].slot, FillOutcome::arrived);
   const auto next = scheduler.next_fill();
   ASSERT_TRUE(next);
   EXPECT_EQ(next->slot, fills[1].slot);
@@ -198,7 +198,7 @@ TEST(Scheduler, only_a_need_of_a_whole_layer_reads_ahead) {
   run(scheduler, 0, {0, 1, 2});
   EXPECT_FALSE(scheduler.next_fill());
   run(scheduler, 0, all_of(4));
-  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}, {1, 1}, {1, 2}, {1, 3}}));
+  EXPECT_EQ(finish_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}, {1, 1}, {1, 2}, {1, 3}}));
   run(scheduler, 2, all_of(4));  // there is no layer 3
   EXPECT_FALSE(scheduler.next_fill());
 }
@@ -207,13 +207,13 @@ TEST(Scheduler, read_ahead_takes_no_leased_slot_and_none_that_was_read_ahead) {
   Scheduler scheduler = make(2, 4, 5);
   scheduler.need(0, all_of(4));
   for (const Fill& fill : start(scheduler, FillKind::demand))
-    scheduler.progress(fill.slot, FillOutcome::landed);
+    scheduler.progress(fill.slot, FillOutcome::arrived);
   EXPECT_EQ(take(scheduler).size(), 4u);
-  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}}));  // the spare slot
+  EXPECT_EQ(finish_prefetches(scheduler), (std::vector<ExpertId>{{1, 0}}));  // the spare slot
   scheduler.computed(2);
-  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 1}}));
+  EXPECT_EQ(finish_prefetches(scheduler), (std::vector<ExpertId>{{1, 1}}));
   for (const std::uint16_t expert : Experts{0, 1, 3}) scheduler.computed(expert);
-  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
+  EXPECT_EQ(finish_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 0u);
   EXPECT_EQ(scheduler.fills().stats()[1].hits, 4u);
 }
@@ -229,10 +229,10 @@ TEST(Scheduler, read_ahead_keeps_what_the_next_layer_has_already) {
   for (int i = 0; i < 2; ++i) {
     const auto fill = scheduler.next_fill(FillKind::demand);
     ASSERT_TRUE(fill);
-    scheduler.progress(fill->slot, FillOutcome::landed);
+    scheduler.progress(fill->slot, FillOutcome::arrived);
     for (const std::uint16_t expert : take(scheduler)) scheduler.computed(expert);
   }
-  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
+  EXPECT_EQ(finish_prefetches(scheduler), (std::vector<ExpertId>{{1, 2}, {1, 3}}));
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 0u);
   EXPECT_EQ(scheduler.fills().stats()[1].hits, 4u);
 }
@@ -240,7 +240,7 @@ TEST(Scheduler, read_ahead_keeps_what_the_next_layer_has_already) {
 TEST(Scheduler, a_demand_may_take_a_slot_that_was_read_ahead_when_there_is_no_other) {
   Scheduler scheduler = make(3, 4, 4);
   run(scheduler, 0, all_of(4));
-  EXPECT_EQ(land_prefetches(scheduler).size(), 4u);
+  EXPECT_EQ(finish_prefetches(scheduler).size(), 4u);
   scheduler.need(2, Experts{0});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
@@ -261,7 +261,7 @@ TEST(Scheduler, what_was_read_ahead_loses_its_protection_with_the_iteration) {
   EXPECT_FALSE(oldest_leaves());
   run(scheduler, 0, {0, 1});
   scheduler.end_iteration();
-  EXPECT_FALSE(scheduler.next_fill());  // and what had not started is withdrawn
+  EXPECT_FALSE(scheduler.next_fill());  // and what had not started is cancelled
   EXPECT_TRUE(oldest_leaves());
 }
 
@@ -311,10 +311,10 @@ TEST(Scheduler, an_abandoned_need_ends_its_leases_and_withdraws_its_demands) {
   scheduler.need(0, Experts{0, 1, 2, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 2u);
-  scheduler.progress(fills[0].slot, FillOutcome::landed);
+  scheduler.progress(fills[0].slot, FillOutcome::arrived);
   scheduler.abandon_need();
   EXPECT_EQ(take(scheduler), Experts{});
-  scheduler.progress(fills[1].slot, FillOutcome::landed);  // lands for nobody
+  scheduler.progress(fills[1].slot, FillOutcome::arrived);  // arrives for nobody
   EXPECT_EQ(take(scheduler), Experts{});
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(scheduler.fills().resident_count(), 2u);
@@ -327,7 +327,7 @@ TEST(Scheduler, a_prompt_is_read_ahead_whatever_the_policy_admits) {
   for (const char* policy : {"on-demand", "sp-moe", "horizon", "oracle"}) {
     Scheduler scheduler{{2, 4, 4, blob_bytes}, {policy, "auto"}};
     run(scheduler, 0, all_of(4));  // fills every slot
-    EXPECT_EQ(land_prefetches(scheduler).size(), 4u) << policy;
+    EXPECT_EQ(finish_prefetches(scheduler).size(), 4u) << policy;
     EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 4 * blob_bytes) << policy;
   }
 }
@@ -335,7 +335,7 @@ TEST(Scheduler, a_prompt_is_read_ahead_whatever_the_policy_admits) {
 TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
   Scheduler scheduler = make(2, 4, 4);
   run(scheduler, 0, all_of(4));
-  EXPECT_EQ(land_prefetches(scheduler).size(), 4u);
+  EXPECT_EQ(finish_prefetches(scheduler).size(), 4u);
   EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 4 * blob_bytes);
   EXPECT_EQ(scheduler.fills().stats()[1].prefetch_used_bytes, 0u);
   run(scheduler, 1, {1, 3});
@@ -396,7 +396,7 @@ TEST(Scheduler, prefetches_of_sp_moe_are_used_by_the_layers_they_are_for) {
   Scheduler scheduler{{3, 6, 9, blob_bytes, /*experts_per_token=*/2}, {"sp-moe", "auto"}};
   const std::vector<float> scores{1.5F, 0.2F, 1.5F, 0.1F, 0.0F, 0.0F};
   for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
-  EXPECT_EQ(land_prefetches(scheduler),
+  EXPECT_EQ(finish_prefetches(scheduler),
             (std::vector<ExpertId>{{0, 0}, {0, 2}, {1, 0}, {1, 2}, {2, 0}, {2, 2}}));
   for (std::uint16_t layer = 0; layer < 3; ++layer) EXPECT_EQ(run(scheduler, layer, {0, 2}), 0u);
   EXPECT_EQ(total(scheduler).hits, 6u);
@@ -407,13 +407,13 @@ TEST(Scheduler, a_plan_takes_the_place_of_what_waits_and_is_served_in_its_order)
   Scheduler scheduler{{4, 4, 6, blob_bytes}, {"sp-moe"}};
   scheduler.predict(1, std::vector{1.5F, 0.0F, 0.0F, 0.0F});
   scheduler.predict(std::vector<ExpertId>{{3, 2}, {1, 1}, {3, 2}, {2, 0}});
-  EXPECT_EQ(land_prefetches(scheduler), (std::vector<ExpertId>{{3, 2}, {1, 1}, {2, 0}}));
+  EXPECT_EQ(finish_prefetches(scheduler), (std::vector<ExpertId>{{3, 2}, {1, 1}, {2, 0}}));
   EXPECT_EQ(run(scheduler, 1, {1}), 0u);
   EXPECT_EQ(total(scheduler).hits, 1u);
   EXPECT_EQ(total(scheduler).prefetch_used_bytes, blob_bytes);
   scheduler.predict(std::vector<ExpertId>{{2, 3}});
   scheduler.predict({});
-  EXPECT_TRUE(land_prefetches(scheduler).empty());
+  EXPECT_TRUE(finish_prefetches(scheduler).empty());
 }
 
 TEST(Scheduler, a_plan_leaves_the_next_layer_of_a_prompt_to_be_read_ahead) {
@@ -433,7 +433,7 @@ TEST(Scheduler, a_demand_takes_of_what_was_prefetched_for_this_pass_what_is_need
     for (const std::uint16_t layer : Experts{1, 3, 2}) {
       scheduler.predict(layer, std::vector{1.5F, 0.0F, 0.0F, 0.0F});
     }
-    ASSERT_EQ(land_prefetches(scheduler).size(), 3u);
+    ASSERT_EQ(finish_prefetches(scheduler).size(), 3u);
     EXPECT_EQ(run(scheduler, 0, {3}), 1u);
     EXPECT_EQ(run(scheduler, 1, {0}), 0u);
     EXPECT_EQ(run(scheduler, 2, {0}), 0u);
@@ -453,7 +453,7 @@ TEST(Scheduler, the_oracle_moves_no_byte_in_vain) {
   Scheduler scheduler{{3, 6, 8, blob_bytes, 2}, {"oracle", "auto"}};
   scheduler.foresight().replay(std::move(trace));
   for (std::uint16_t need = 0; need < 60; ++need) {
-    land_prefetches(scheduler);
+    finish_prefetches(scheduler);
     run(scheduler, static_cast<std::uint16_t>(need % 3), needs[need]);
     if (need % 3 == 2) scheduler.end_iteration();
   }
@@ -494,7 +494,7 @@ TEST(Scheduler, allocates_nothing_after_construction) {
       scheduler.need(layer, experts);
       for (std::size_t computed = 0; computed < experts.size();) {
         if (const auto fill = scheduler.next_fill())
-          scheduler.progress(fill->slot, FillOutcome::landed);
+          scheduler.progress(fill->slot, FillOutcome::arrived);
         ready.clear();
         scheduler.take_ready(ready);
         for (const ReadyExpert& each : ready) scheduler.computed(each.expert);

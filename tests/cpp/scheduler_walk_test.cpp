@@ -26,7 +26,7 @@ class Walk {
       switch (pick(13)) {
         case 12: return issue();
         case 0: return end_iteration();
-        case 1: return land();
+        case 1: return finish_fill();
         case 2: return tell_changes();
         case 3: return predict();
         case 4:
@@ -39,7 +39,7 @@ class Walk {
     const auto chance = pick(100);
     if (chance < 30) return start(pick(3) == 0 ? FillKind::demand : FillKind::prefetch);
     if (chance < 45) return issue();
-    if (chance < 60) return land();
+    if (chance < 60) return finish_fill();
     if (chance < 90) return compute();
     if (chance < 92) return end_iteration();
     if (chance < 93) return abandon();
@@ -52,7 +52,7 @@ class Walk {
     for (int turns = 0; running_; ++turns) {
       ASSERT_LT(turns, 1000) << "the need is stuck";
       start(FillKind::demand);
-      land();
+      finish_fill();
       take();
       compute();
     }
@@ -83,7 +83,7 @@ class Walk {
   /// Experts that were computed behind a fill under way, and how many of those failed.
   [[nodiscard]] std::uint64_t computed_behind() const { return computed_behind_; }
   [[nodiscard]] std::uint64_t spoiled() const { return spoiled_; }
-  /// Experts that were needed while a withdrawn fill of theirs was under way.
+  /// Experts that were needed while a cancelled fill of theirs was under way.
   [[nodiscard]] std::uint64_t needed_again() const { return needed_again_; }
 
  private:
@@ -94,12 +94,12 @@ class Walk {
     bool leased = false;
     bool unused = false;   // prefetched, and not used since
     bool protect = false;  // from prefetches
-    bool withdrawn = false;
+    bool cancelled = false;
     bool issued = false;
     bool computed_behind = false;
     bool failed = false;  // and leased
   };
-  enum class Want : std::uint8_t { waiting, landed, taken };
+  enum class Want : std::uint8_t { waiting, ready, taken };
 
   std::size_t pick(std::size_t count) { return random_() % count; }
 
@@ -114,8 +114,8 @@ class Walk {
     // Mostly one layer after the other, as a forward pass goes.
     layer_ = static_cast<std::uint16_t>(pick(10) == 0 ? pick(shape_.layer_count)
                                                       : (layer_ + 1U) % shape_.layer_count);
-    const auto withdrawn = std::ranges::find(slots_, true, &ModelSlot::withdrawn);
-    if (withdrawn != slots_.end() && pick(2) == 0) layer_ = withdrawn->expert->layer;
+    const auto cancelled = std::ranges::find(slots_, true, &ModelSlot::cancelled);
+    if (cancelled != slots_.end() && pick(2) == 0) layer_ = cancelled->expert->layer;
     Experts experts = all_of(shape_.expert_count);
     if (pick(3) != 0) {
       std::ranges::shuffle(experts, random_);
@@ -131,7 +131,7 @@ class Walk {
     for (const std::uint16_t expert : experts) {
       const auto slot = find({layer_, expert});
       wants_[expert] = Want::waiting;
-      if (!slot || slots_[*slot].withdrawn) {
+      if (!slot || slots_[*slot].cancelled) {
         ++misses_;
         needed_again_ += slot ? 1 : 0;
         demands_.insert({layer_, expert});
@@ -152,15 +152,15 @@ class Walk {
       if (!slot.expert || slot.expert->layer != layer_) continue;
       slot.protect = false;
       const bool prefetching = slot.filling && slot.kind == FillKind::prefetch && !slot.issued;
-      if (!prefetching || slot.withdrawn || wants_.contains(slot.expert->expert)) continue;
-      slot.withdrawn = true;
+      if (!prefetching || slot.cancelled || wants_.contains(slot.expert->expert)) continue;
+      slot.cancelled = true;
       changes_[i] = FillChange::To::cancelled;
     }
     const auto next = static_cast<std::uint16_t>(layer_ + 1);
     if (experts.size() == shape_.expert_count && next < shape_.layer_count) {
       for (const std::uint16_t expert : all_of(shape_.expert_count)) {
         const auto slot = find({next, expert});
-        if (slot && !slots_[*slot].withdrawn) {
+        if (slot && !slots_[*slot].cancelled) {
           slots_[*slot].protect = true;
         } else {
           ahead_.insert({next, expert});
@@ -187,7 +187,7 @@ class Walk {
     it.leased = true;
     if (it.unused) used_prefetch_ += blob_bytes;
     it.unused = it.protect = false;
-    wants_[it.expert->expert] = Want::landed;
+    wants_[it.expert->expert] = Want::ready;
     expected_.push_back({it.expert->expert, slot});
   }
 
@@ -227,25 +227,25 @@ class Walk {
 
   void issue() {
     if (in_flight_.empty()) return;
-    const SlotIndex on_its_way = in_flight_[pick(in_flight_.size())];
-    ModelSlot& slot = slots_[on_its_way];
+    const SlotIndex moving = in_flight_[pick(in_flight_.size())];
+    ModelSlot& slot = slots_[moving];
     if (std::exchange(slot.issued, true)) return;
-    if (!slot.withdrawn && waited_for(*slot.expert)) become_ready(on_its_way);
-    scheduler_.progress(on_its_way, FillOutcome::issued);
+    if (!slot.cancelled && waited_for(*slot.expert)) become_ready(moving);
+    scheduler_.progress(moving, FillOutcome::issued);
   }
 
-  void land() {
+  void finish_fill() {
     if (in_flight_.empty()) return;
     const auto place = in_flight_.begin() + static_cast<std::ptrdiff_t>(pick(in_flight_.size()));
-    const SlotIndex landed = *place;
+    const SlotIndex ended = *place;
     in_flight_.erase(place);
-    ModelSlot& slot = slots_[landed];
+    ModelSlot& slot = slots_[ended];
     const ExpertId expert = slot.expert.value();
     const auto want = wants_.find(expert.expert);
     const bool waited = waited_for(expert);
     std::uint64_t& moved = slot.kind == FillKind::demand ? moved_demand_ : moved_prefetch_;
     const std::uint64_t part = pick(blob_bytes);
-    changes_.erase(landed);
+    changes_.erase(ended);
     if (may_fail_ && pick(20) == 0) {
       const bool demanded = waited && slot.kind == FillKind::demand;
       const Spoiled spoiled = slot.leased || demanded ? Spoiled::need
@@ -262,21 +262,21 @@ class Walk {
       if (demanded) wants_.erase(want);
       if (waited && !demanded) demands_.insert(expert);
       broken_ |= demanded;
-      ASSERT_EQ(scheduler_.progress(landed, FillOutcome::failed, part), spoiled);
+      ASSERT_EQ(scheduler_.progress(ended, FillOutcome::failed, part), spoiled);
       return;
     }
-    if (slot.withdrawn && !slot.issued && pick(4) != 0) {
+    if (slot.cancelled && !slot.issued && pick(4) != 0) {
       slot = {};
       moved += part;
       cancelled_bytes_ += blob_bytes - part;
-      scheduler_.progress(landed, FillOutcome::cancelled, part);
+      scheduler_.progress(ended, FillOutcome::cancelled, part);
       return;
     }
-    if (slot.withdrawn) demands_.erase(expert);
-    slot.filling = slot.withdrawn = slot.issued = slot.computed_behind = false;
+    if (slot.cancelled) demands_.erase(expert);
+    slot.filling = slot.cancelled = slot.issued = slot.computed_behind = false;
     moved += blob_bytes;
-    if (waited) become_ready(landed);
-    scheduler_.progress(landed, FillOutcome::landed);
+    if (waited) become_ready(ended);
+    scheduler_.progress(ended, FillOutcome::arrived);
   }
 
   void take() {
@@ -287,13 +287,13 @@ class Walk {
       ASSERT_EQ(ready[i].expert, expected_[i].expert);
       ASSERT_EQ(ready[i].slot, expected_[i].slot);
       ModelSlot& slot = slots_[ready[i].slot];
-      ASSERT_EQ(ready[i].landing, slot.issued);
+      ASSERT_EQ(ready[i].in_flight, slot.issued);
       slot.computed_behind |= slot.issued;
       computed_behind_ += slot.issued ? 1 : 0;
       wants_.at(ready[i].expert) = Want::taken;
     }
     expected_.clear();
-    ASSERT_EQ(scheduler_.fills().read_before_landed(),
+    ASSERT_EQ(scheduler_.fills().read_before_arrival(),
               std::ranges::any_of(slots_, &ModelSlot::computed_behind));
   }
 
@@ -325,7 +325,7 @@ class Walk {
     scheduler_.abandon_need();
     for (const auto& [expert, want] : wants_) {
       const auto slot = find({layer_, expert});
-      if (want != Want::waiting || !slot || slots_[*slot].withdrawn) continue;
+      if (want != Want::waiting || !slot || slots_[*slot].cancelled) continue;
       slots_[*slot].kind = FillKind::prefetch;
       slots_[*slot].unused = true;
     }
@@ -354,11 +354,11 @@ class Walk {
     for (SlotIndex i = 0; i < shape_.slot_count; ++i) {
       ModelSlot& slot = slots_[i];
       if (!std::exchange(slot.protect, false)) continue;
-      if (!slot.filling || slot.kind != FillKind::prefetch || slot.withdrawn || slot.issued) {
+      if (!slot.filling || slot.kind != FillKind::prefetch || slot.cancelled || slot.issued) {
         continue;
       }
       if (!predicted_.contains(slot.expert->layer) || waited_for(*slot.expert)) continue;
-      slot.withdrawn = true;
+      slot.cancelled = true;
       changes_[i] = FillChange::To::cancelled;
     }
     predicted_.clear();

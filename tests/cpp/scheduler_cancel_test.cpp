@@ -21,8 +21,8 @@ std::vector<std::pair<SlotIndex, To>> changes(Scheduler& scheduler) {
 }
 
 /// Reads layer 1 ahead, all four of its experts being under way, then needs expert 2 alone.
-struct Withdrawn {
-  Withdrawn() {
+struct Cancelled {
+  Cancelled() {
     run(scheduler, 0, all_of(4));
     fills = start(scheduler);
     scheduler.need(1, Experts{2});
@@ -32,7 +32,7 @@ struct Withdrawn {
 };
 
 TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want) {
-  Withdrawn it;
+  Cancelled it;
   ASSERT_EQ(it.fills.size(), 4u);
   auto told = changes(it.scheduler);
   std::ranges::sort(told);
@@ -42,12 +42,12 @@ TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want)
   }
   EXPECT_EQ(told, expected);
   EXPECT_EQ(it.scheduler.fills().stats()[1].late, 1u);
-  it.scheduler.progress(it.fills[2].slot, FillOutcome::landed);
+  it.scheduler.progress(it.fills[2].slot, FillOutcome::arrived);
   EXPECT_EQ(take(it.scheduler), Experts{2});
   it.scheduler.computed(2);
   it.scheduler.progress(it.fills[0].slot, FillOutcome::cancelled, 0);
   it.scheduler.progress(it.fills[1].slot, FillOutcome::cancelled, 300);
-  it.scheduler.progress(it.fills[3].slot, FillOutcome::landed);  // too late
+  it.scheduler.progress(it.fills[3].slot, FillOutcome::arrived);  // too late
   EXPECT_EQ(it.scheduler.fills().resident_count(), 6u);
   const LayerStats& stats = it.scheduler.fills().stats()[1];
   EXPECT_EQ(stats.prefetch_bytes, 2 * blob_bytes + 300);
@@ -58,8 +58,8 @@ TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want)
   EXPECT_EQ(changes(it.scheduler).size(), 0u);
 }
 
-TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_told) {
-  Withdrawn it;
+TEST(Scheduler, a_cancelled_expert_that_is_needed_is_read_again_once_its_end_is_told) {
+  Cancelled it;
   it.scheduler.abandon_need();
   static_cast<void>(changes(it.scheduler));
   it.scheduler.need(1, Experts{0, 1, 3});
@@ -74,9 +74,9 @@ TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_
   EXPECT_EQ(it.scheduler.progress(it.fills[0].slot, FillOutcome::failed, 10),
             Spoiled::nothing);  // not this need's read
   EXPECT_EQ(start(it.scheduler).size(), 1u);
-  it.scheduler.progress(it.fills[3].slot, FillOutcome::landed);  // whole all the same
+  it.scheduler.progress(it.fills[3].slot, FillOutcome::arrived);  // whole all the same
   EXPECT_EQ(take(it.scheduler), Experts{3});
-  it.scheduler.progress(again[0].slot, FillOutcome::landed);
+  it.scheduler.progress(again[0].slot, FillOutcome::arrived);
   EXPECT_EQ(take(it.scheduler), Experts{1});
   EXPECT_FALSE(it.scheduler.next_fill());
   EXPECT_EQ(it.scheduler.fills().stats()[1].prefetch_bytes, 999u + 10 + blob_bytes);
@@ -84,8 +84,8 @@ TEST(Scheduler, a_withdrawn_expert_that_is_needed_is_read_again_once_its_end_is_
   EXPECT_EQ(it.scheduler.fills().stats()[1].demand_bytes, blob_bytes);
 }
 
-TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_withdrawn_fill) {
-  Withdrawn it;
+TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_cancelled_fill) {
+  Cancelled it;
   it.scheduler.abandon_need();
   it.scheduler.need(1, all_of(4));  // reads layer 2 ahead
   EXPECT_FALSE(it.scheduler.next_fill());
@@ -96,7 +96,7 @@ TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_withdraw
   EXPECT_EQ(it.scheduler.next_fill().value().expert.layer, 2);
 }
 
-TEST(Scheduler, a_prefetch_that_is_asked_for_again_waits_for_the_end_of_the_withdrawn_one) {
+TEST(Scheduler, a_prefetch_that_is_asked_for_again_waits_for_the_end_of_the_cancelled_one) {
   Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"sp-moe", "auto"}};
   const std::vector<float> scores{0, 1.5F, 0, 0};
   scheduler.predict(1, scores);
@@ -116,7 +116,7 @@ TEST(Scheduler, the_end_of_an_iteration_withdraws_what_was_drafted_for_layers_th
     for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
     const auto fills = start(scheduler);
     ASSERT_EQ(fills.size(), 6u);
-    scheduler.progress(fills[4].slot, FillOutcome::landed);
+    scheduler.progress(fills[4].slot, FillOutcome::arrived);
     scheduler.need(0, Experts{0, 1});
     EXPECT_EQ(changes(scheduler).size(), 2u);  // are promoted
     // A request that ended early leaves its iteration to the next one.
@@ -138,7 +138,7 @@ TEST(Scheduler, the_next_request_starts_with_no_layer_run) {
   EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
 }
 
-TEST(Scheduler, what_the_running_need_waits_for_is_never_withdrawn) {
+TEST(Scheduler, what_the_running_need_waits_for_is_never_cancelled) {
   Scheduler scheduler{{1, 4, 4, blob_bytes, 1}, {"sp-moe", "auto"}};
   const std::vector<float> scores{0, 1.5F, 0, 0};
   scheduler.predict(0, scores);
@@ -151,7 +151,7 @@ TEST(Scheduler, what_the_running_need_waits_for_is_never_withdrawn) {
   EXPECT_FALSE(scheduler.next_fill());
   scheduler.end_iteration();
   EXPECT_EQ(changes(scheduler).size(), 0u);
-  scheduler.progress(fill.slot, FillOutcome::landed);
+  scheduler.progress(fill.slot, FillOutcome::arrived);
   EXPECT_EQ(take(scheduler), Experts{1});
 }
 
