@@ -19,8 +19,9 @@ from typing import Any, get_args
 
 import click
 
-from spmoe import layer_map, recall
-from spmoe.bench.measure_recall import LAYER_MAP, LastRow, by_token, by_verification
+import recall
+from measure_recall import LAYER_MAP, LastRow, by_token, by_verification
+from spmoe import layer_map
 from spmoe.calibration import tokenize_calibration
 from spmoe.cli.progress import progress_bar
 from spmoe.demo.pair import VARIANTS, ensure_pair

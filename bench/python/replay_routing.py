@@ -24,9 +24,9 @@ import click
 import torch
 
 import spmoe
-from spmoe.bench.replay import Pace, Replay, Tensors, to_row
-from spmoe.bench.replay_costs import measure_costs
-from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_recording
+from replay import Pace, Replay, Tensors, to_row
+from replay_costs import measure_costs
+from scripted import ModelShape, Request, RoutingModel, draw, map_recording
 from spmoe.cli.options import device_option, pinned_option
 from spmoe.cli.progress import progress_bar
 from spmoe.config import default_cache, format_bytes, parse_memory

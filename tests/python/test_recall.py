@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from families import make_checkpoint
-from spmoe import layer_map, predictor
-from spmoe.bench.measure_recall import (
+from measure_recall import (
     LAYER_MAP,
     PREVIOUS_LAYER,
     LastRow,
@@ -21,9 +20,7 @@ from spmoe.bench.measure_recall import (
     by_verification,
     exchanged_source,
 )
-from spmoe.models.experts import attach
-from spmoe.models.loading import TargetModel, load_draft, load_target
-from spmoe.recall import (
+from recall import (
     Bucket,
     Recall,
     TokenTally,
@@ -32,6 +29,9 @@ from spmoe.recall import (
     of_verifications,
     overall,
 )
+from spmoe import layer_map, predictor
+from spmoe.models.experts import attach
+from spmoe.models.loading import TargetModel, load_draft, load_target
 from spmoe.runtime import Runtime
 from spmoe.states import STATES
 

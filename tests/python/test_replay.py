@@ -12,9 +12,9 @@ import torch
 
 import spmoe
 from families import FAMILIES
-from spmoe.bench.replay import Pace, Replay, Tensors, need_everything, to_row
-from spmoe.bench.replay_costs import measure_costs
-from spmoe.bench.scripted import ModelShape, Request, RoutingModel, draw, map_recording
+from replay import Pace, Replay, Tensors, need_everything, to_row
+from replay_costs import measure_costs
+from scripted import ModelShape, Request, RoutingModel, draw, map_recording
 from spmoe.costs import Costs
 from spmoe.errors import InvalidArgument
 from spmoe.runtime import POLICIES, Runtime

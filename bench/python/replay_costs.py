@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from replay import Pace, Tensors, need_everything
 from spmoe import probe
-from spmoe.bench.replay import Pace, Tensors, need_everything
 from spmoe.costs import Costs
 from spmoe.errors import InvalidArgument
 from spmoe.runtime import Runtime

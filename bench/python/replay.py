@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spmoe.bench.scripted import Experts, Request, ScriptedIteration
+from scripted import Experts, Request, ScriptedIteration
 from spmoe.costs import Costs
 from spmoe.counters import Counters
 from spmoe.planner import Planner

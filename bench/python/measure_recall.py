@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from recall import TokenTally
 from spmoe import speculative
 from spmoe.bench.degrade import exchange
 from spmoe.layer_map import LayerMap
@@ -23,7 +24,6 @@ from spmoe.predictor import (
     target_predictions,
 )
 from spmoe.progress import Progress, silent
-from spmoe.recall import TokenTally
 from spmoe.routers import routers
 from spmoe.runtime import Runtime
 from spmoe.states import (
@@ -163,7 +163,7 @@ def by_verification(
     Args:
         target: Its experts are attached to ``runtime``.
         draft: A transformers model.
-        runtime: Counts; see `spmoe.recall.of_verifications` and `of_scores`. Its policy must ask
+        runtime: Counts; see `recall.of_verifications` and `of_scores`. Its policy must ask
             for no predictions itself: "on-demand" does not.
         prompts: Token ids of each.
         max_new_tokens: Of each prompt; no token ends a text.
