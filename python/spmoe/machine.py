@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 # What spmoe's kernels use, or could: names of /proc/cpuinfo.
 FEATURES = ("f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
-
-_IO_URING_SETUP = 425  # the system call's number, the same on every architecture but alpha
-_IO_URING_PARAMS_BYTES = 120  # sizeof(struct io_uring_params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +56,13 @@ class System:
 
     Attributes:
         kernel: Its release.
-        io_uring_disabled: kernel.io_uring_disabled; kernels before 6.6 have no such setting.
-        io_uring: "allowed", or the name of the error with which the kernel refuses a ring.
         nvidia_driver: Version of NVIDIA's kernel module; None: not loaded.
         gpus: Models that the module found.
     """
 
     kernel: str | None
-    io_uring_disabled: int | None
-    io_uring: str
     nvidia_driver: str | None
     gpus: tuple[str, ...]
-
-
-def probe_io_uring() -> int:
-    """Ask the kernel for a ring and give it back; return 0, or the error number."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    parameters = ctypes.create_string_buffer(_IO_URING_PARAMS_BYTES)
-    descriptor = libc.syscall(_IO_URING_SETUP, 1, parameters)
-    if descriptor < 0:
-        return ctypes.get_errno()
-    os.close(descriptor)
-    return 0
 
 
 def read_processor(root: Path = Path("/")) -> Processor:
@@ -126,11 +105,8 @@ def read_memory(root: Path = Path("/")) -> Memory:
     )
 
 
-def read_system(
-    root: Path = Path("/"), *, io_uring_probe: Callable[[], int] = probe_io_uring
-) -> System:
+def read_system(root: Path = Path("/")) -> System:
     """Return the kernel's own; ``root`` as for `read_processor`."""
-    error = io_uring_probe()
     driver = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", _read(root / "proc/driver/nvidia/version") or "")
     models = [
         _fields(file).get("Model")
@@ -138,8 +114,6 @@ def read_system(
     ]
     return System(
         kernel=_read(root / "proc/sys/kernel/osrelease"),
-        io_uring_disabled=_number(_read(root / "proc/sys/kernel/io_uring_disabled")),
-        io_uring=errno.errorcode.get(error, str(error)) if error else "allowed",
         nvidia_driver=driver[0] if driver else None,
         gpus=tuple(model or "unknown" for model in models),
     )

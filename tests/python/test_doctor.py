@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import shutil
 import sys
@@ -18,7 +17,7 @@ from spmoe.doctor import Report, describe, examine
 from spmoe.doctor import report as report_module
 from spmoe.doctor.link import Sample, chosen_isa, measure_link, memcpy_gbps
 from spmoe.errors import Error
-from spmoe.machine import probe_io_uring, read_memory, read_processor, read_system
+from spmoe.machine import read_memory, read_processor, read_system
 
 WITHOUT_CUDA = 'this spmoe was built without CUDA; use device="host"'
 TINY = Sample(side=32, experts=3, layers=2)
@@ -32,7 +31,6 @@ SERVER = {
     "proc/self/status": "Name:\tpython\nCpus_allowed_list:\t0-2,8\n",
     "proc/self/cgroup": "0::/user/job\n",
     "proc/sys/kernel/osrelease": "6.8.0\n",
-    "proc/sys/kernel/io_uring_disabled": "2\n",
     "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "
     "570.86.15  Release Build\nGCC version:  gcc version 12.3.0\n",
     "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA H100\nIRQ:  1\n",
@@ -91,10 +89,8 @@ def test_a_machine_is_read_off_proc_and_sys(tree) -> None:
         "huge_pages": "never",
         "usable_bytes": 1 << 28,
     }
-    assert dataclasses.asdict(read_system(root, io_uring_probe=lambda: errno.EPERM)) == {
+    assert dataclasses.asdict(read_system(root)) == {
         "kernel": "6.8.0",
-        "io_uring_disabled": 2,
-        "io_uring": "EPERM",
         "nvidia_driver": "570.86.15",
         "gpus": ("NVIDIA H100",),
     }
@@ -192,21 +188,17 @@ def test_what_a_machine_does_not_tell_is_unknown(tree, missing: str) -> None:
 def test_everything_that_is_off_has_a_cure(tree, cuda) -> None:
     cuda.reason = "the driver is older than the CUDA runtime: install driver 580 or later"
     report = examine(root=tree(SERVER), measure=False)
-    system = dataclasses.replace(report.system, io_uring="EPERM")
-    report = dataclasses.replace(report, system=system)
     cure = cures(report)
     assert cure.keys() == {
         "CUDA",
         "RLIMIT_MEMLOCK",
         "transparent huge pages",
         "processor quota of the control group",
-        "io_uring",
     }
     assert cure["CUDA"] == cuda.reason
     assert cure["RLIMIT_MEMLOCK"].startswith("RLIMIT_MEMLOCK is 64.0 KiB, and 256.0 MiB could be")
     assert "ulimit -l unlimited" in cure["RLIMIT_MEMLOCK"]
     assert "4 cores share the time of 1.5" in cure["processor quota of the control group"]
-    assert cure["io_uring"].startswith("kernel.io_uring_disabled is 2;")
 
 
 def test_nothing_is_off_on_a_machine_that_has_everything(tree, cuda, monkeypatch) -> None:
@@ -224,9 +216,7 @@ def test_nothing_is_off_on_a_machine_that_has_everything(tree, cuda, monkeypatch
         ),
         measure=False,
     )
-    report = dataclasses.replace(
-        report, isa="avx2", system=dataclasses.replace(report.system, io_uring="allowed")
-    )
+    report = dataclasses.replace(report, isa="avx2")
     assert not cures(report)
     assert found(report)["CUDA"] == "cuda:0 (GPU 0), cuda:1 (GPU 1)"
     assert found(report)["RLIMIT_MEMLOCK"] == "unlimited"
@@ -295,10 +285,6 @@ def test_a_folder_that_cannot_be_written_is_said(tree, tmp_path, monkeypatch) ->
     file.write_text("")
     monkeypatch.setenv("SPMOE_CACHE", str(file / "below"))
     assert "Not a directory" in cures(examine(root=tree({})))["link"]
-
-
-def test_the_kernel_gives_a_ring_or_says_why_not() -> None:
-    assert probe_io_uring() in {0, errno.EPERM, errno.ENOSYS, errno.ENOMEM, errno.EACCES}
 
 
 def run(monkeypatch, capsys, *arguments: str) -> str:

@@ -10,7 +10,6 @@ import torch
 
 from spmoe.config import format_bytes
 from spmoe.doctor.report import Report
-from spmoe.machine import System
 
 UNKNOWN = "unknown"
 
@@ -30,7 +29,6 @@ def describe(report: Report) -> Iterator[Line]:
     yield from _describe_link(report)
     yield from _describe_memory(report)
     yield from _describe_processor(report)
-    yield _describe_io_uring(report.system)
     yield Line("kernel", report.system.kernel or UNKNOWN)
     for name, found in report.versions.items():
         yield Line(name, found)
@@ -116,21 +114,6 @@ def _describe_processor(report: Report) -> Iterator[Line]:
         "quota, or run spmoe under `taskset -c` with as many cores as the quota has"
         if throttled
         else "",
-    )
-
-
-def _describe_io_uring(system: System) -> Line:
-    if system.io_uring == "allowed":
-        return Line("io_uring", "allowed")
-    setting = (
-        f"kernel.io_uring_disabled is {system.io_uring_disabled}"
-        if system.io_uring_disabled
-        else "the kernel is built without it, or a container's seccomp profile forbids it"
-    )
-    return Line(
-        "io_uring",
-        f"refused ({system.io_uring})",
-        f"{setting}; nothing is lost: this version reads with pread",
     )
 
 
