@@ -35,11 +35,11 @@ from spmoe.cli.options import find_models, pair_options
 from spmoe.cli.progress import progress_bar
 from spmoe.config import format_bytes, parse_memory
 from spmoe.devices import cuda_status, device_model, resolve_device
-from spmoe.machine import read_memory
-from spmoe.metrics import cpu_model
+from spmoe.machine import cpu_model, read_memory
 from spmoe.models.checkpoint import find_checkpoint
-from spmoe.models.loading import load_draft, load_target, resolve_dtype
+from spmoe.models.loading import load_draft, load_target
 from spmoe.prompts import select_prompts
+from spmoe.settings import check_dtype
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def main(**flags: Any) -> None:
         click.echo(f"skipped: {reason}")
         return
     target, draft = find_models(**flags)
-    flags["dtype"] = dtype = resolve_dtype(flags["dtype"])
+    flags["dtype"] = dtype = check_dtype(flags["dtype"]) or torch.float32
     dense_bytes, expert_bytes = _sizes(target, dtype, flags["expert_memory"])
     lengths = [0] if draft is None else [0, flags["draft_length"]]
     with progress_bar(quiet=False) as progress:

@@ -20,8 +20,7 @@ from spmoe.bench.bounds import link_peak_gbps
 from spmoe.bench.cell import Cell, Models, Tally, load_models, open_engine, run_prompt
 from spmoe.cli.options import find_models, link_option, pair_options
 from spmoe.cli.progress import progress_bar
-from spmoe.metrics import cpu_model
-from spmoe.models.loading import resolve_dtype
+from spmoe.machine import cpu_model
 from spmoe.planner import CutoffRule
 from spmoe.prompts import select_prompts
 from spmoe.settings import Settings
@@ -43,7 +42,7 @@ RULES: tuple[CutoffRule, ...] = get_args(CutoffRule)
 def main(**flags: Any) -> None:
     """Force every STEP-th cutoff layer on sp-moe and print time per token."""
     target, draft = find_models(**flags)
-    settings = Settings(dtype=resolve_dtype(flags["dtype"]), link_gbps=flags["link_gbps"])
+    settings = Settings(dtype=flags["dtype"] or "float32", link_gbps=flags["link_gbps"])
     models = load_models(target, draft, settings)
     layers = len(models.target.moe_layers)
     cutoffs: list[int | CutoffRule] = [*range(0, layers, flags["step"]), layers, *RULES]

@@ -24,7 +24,7 @@ from torch.nn.functional import linear, silu
 
 import spmoe
 from spmoe.devices import device_model, native_name, resolve_device
-from spmoe.metrics import cpu_model
+from spmoe.machine import cpu_model
 from spmoe.runtime import Runtime
 from synthetic_checkpoint import SHAPES, expert_format, make_config, write_checkpoint
 

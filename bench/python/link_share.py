@@ -20,7 +20,7 @@ import click
 import spmoe
 from spmoe.bench.cell import Tally, run_prompt
 from spmoe.cli.options import find_models, link_option, pair_options
-from spmoe.metrics import cpu_model
+from spmoe.machine import cpu_model
 from spmoe.prompts import select_prompts
 from spmoe.runtime import POLICIES
 

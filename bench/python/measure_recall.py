@@ -16,6 +16,7 @@ from spmoe import speculative
 from spmoe.bench.degrade import exchange
 from spmoe.layer_map import LayerMap
 from spmoe.models.cache_support import cache_support, cached
+from spmoe.models.loading import TargetModel
 from spmoe.predictor import (
     DraftReader,
     draft_mismatch,
@@ -28,7 +29,6 @@ from spmoe.routers import routers
 from spmoe.runtime import Runtime
 from spmoe.states import (
     STATES,
-    HasMoeLayers,
     read_text,
     watch_input,
     watch_routing,
@@ -51,7 +51,7 @@ class Text:
 
 
 def by_token(
-    target: HasMoeLayers,
+    target: TargetModel,
     draft: Any,
     texts: Sequence[Text],
     *,
@@ -147,7 +147,7 @@ def _keep(
 
 
 def by_verification(
-    target: HasMoeLayers,
+    target: TargetModel,
     draft: Any,
     runtime: Runtime,
     prompts: Sequence[Sequence[int]],

@@ -24,7 +24,8 @@ from measure_recall import LAYER_MAP, LastRow, by_token, by_verification
 from spmoe import layer_map
 from spmoe.calibration import tokenize_calibration
 from spmoe.cli.progress import progress_bar
-from spmoe.demo.pair import VARIANTS, ensure_pair
+from spmoe.demo import VARIANTS
+from spmoe.demo.pair import ensure_pair
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_target, load_tokenizer
 from spmoe.models.text import encode

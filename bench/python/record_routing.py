@@ -17,8 +17,9 @@ import torch
 from spmoe.cli.options import find_models, pair_options
 from spmoe.cli.progress import progress_bar
 from spmoe.engine import Engine
-from spmoe.models.loading import load_draft, load_target, load_tokenizer, resolve_dtype
+from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.prompts import select_prompts
+from spmoe.settings import check_dtype
 
 POLICY = "horizon"  # reads the draft's states, and changes nothing of what is recorded
 
@@ -36,7 +37,7 @@ def main(
     path, draft = find_models(**models)
     if draft is None:
         raise click.UsageError("nothing is foretold without a draft: give --draft-model or --demo")
-    target = load_target(path, dtype=resolve_dtype(dtype))
+    target = load_target(path, dtype=check_dtype(dtype))
     runtime = target.open_runtime(expert_memory="100%", policy=POLICY)
     recorder = Recorder(runtime, target.experts_per_token)
     requests = []

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from scripted import Experts, Request, ScriptedIteration
+from spmoe.bench.cell import shares
 from spmoe.costs import Costs
 from spmoe.counters import Counters
 from spmoe.planner import Planner
@@ -194,13 +195,8 @@ def to_row(
             "p90": float(np.percentile(seconds, 90)),
         },
         "tpot_s": total_s / tokens,
-        "hit_rate": used.hits / used.needed,
-        "late_rate": used.late / used.needed,
-        "recall": used.recalled / used.predicted_needs if used.predicted_needs else None,
+        **shares(used),
         "bytes_per_token": used.link_bytes / tokens,
-        "wasted_share": max(0.0, used.prefetch_wasted_bytes / used.link_bytes)
-        if used.link_bytes
-        else 0.0,
         "link_share": used.link_bytes / (peak_gbps * 1e9 * total_s) if peak_gbps else None,
         "stall_share": used.stall_s / total_s,
         "compute_share": used.compute_s / total_s,

@@ -33,11 +33,10 @@ from spmoe.config import default_cache, format_bytes, parse_memory
 from spmoe.costs import Costs
 from spmoe.devices import device_model, native_name, resolve_device
 from spmoe.errors import Error
-from spmoe.machine import read_memory
-from spmoe.metrics import cpu_model
-from spmoe.models.loading import resolve_dtype
+from spmoe.machine import cpu_model, read_memory
 from spmoe.policies import POLICIES, PROBE
 from spmoe.runtime import Runtime
+from spmoe.settings import check_dtype
 from synthetic_checkpoint import SHAPES, expert_format, hub_tensors, make_config, write_checkpoint
 
 FREE_SHARE = 0.8  # of what is free, that --layers fit takes; the rest is for everything else
@@ -200,7 +199,7 @@ def _run(
     k = SHAPES[flags["shape"]]["num_experts_per_tok"]
     script, driven_by = _script(ModelShape(store.layer_count, store.expert_count, k), flags)
     where = resolve_device(flags["device"])
-    tensors = Tensors(resolve_dtype(flags["dtype"]), where)
+    tensors = Tensors(check_dtype(flags["dtype"]) or torch.float32, where)
     pace = Pace(draft_s=flags["draft_ms"] / 1e3, dense_s=flags["dense_ms"] / 1e3)
     policies = POLICIES if flags["policies"] == "all" else flags["policies"].split(",")
 

@@ -107,6 +107,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return a number of things for people: "1 row", "2 rows"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def default_cache() -> Path:
     """Return the user's cache folder for spmoe: ``SPMOE_CACHE``, or as the XDG rules say.
 

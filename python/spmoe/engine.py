@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,8 +194,8 @@ class Engine(Closeable):
         return _Text(self._request(length), tokens, count, TextWriter(self.tokenizer, stops))
 
     def _request(self, draft_length: int | Literal["auto"]) -> Request:
-        auto = draft_length == "auto"
-        if auto and self.draft is not None and self.planner is None:
+        length = None if draft_length == "auto" else draft_length
+        if length is None and self.draft is not None and self.planner is None:
             raise InvalidArgument(
                 'draft_length "auto" needs the costs of this machine, which were not measured: '
                 'give draft_length="auto" to spmoe.load'
@@ -204,7 +204,7 @@ class Engine(Closeable):
             self.target,
             self.draft,
             self.runtime,
-            draft_length=None if draft_length == "auto" else draft_length,
+            draft_length=length,
             planner=self.planner,
             cutoff_layer=self.cutoff_layer,
             prompt_chunk=self.prompt_chunk,
@@ -266,7 +266,16 @@ class Engine(Closeable):
             if layer_map is not None:
                 layer_map.check(self.target, self.draft)
             try:
-                self._hooks.enter_context(self._draft_predictions(self.draft, layer_map))
+                self._hooks.enter_context(
+                    predictor.draft_predictions(
+                        self.target,
+                        self.draft,
+                        self._report_draft,
+                        layer_map=layer_map,
+                        wanted=self._predicts,
+                        on_error=self._stop_predicting,
+                    )
+                )
             except Exception as error:  # of the models' code
                 sources, target_source, unread = ("target",), "draft", error
         if "target" not in sources:
@@ -294,18 +303,6 @@ class Engine(Closeable):
                 "the target instead",
                 unread,
             )
-
-    def _draft_predictions(
-        self, draft: CausalLM, layer_map: LayerMap | None
-    ) -> AbstractContextManager[None]:
-        return predictor.draft_predictions(
-            self.target,
-            draft,
-            self._report_draft,
-            layer_map=layer_map,
-            wanted=self._predicts,
-            on_error=self._stop_predicting,
-        )
 
     def _stop_predicting(self, error: Exception) -> None:
         """Go on without predictions: they change speed alone."""

@@ -6,49 +6,14 @@ import operator
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from spmoe.errors import InvalidArgument
 from spmoe.metrics import Course, Metrics
 
-
-class Written(Protocol):
-    """What one iteration wrote; `speculative.Iteration` is one."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Token ids, at least one."""
-        ...
-
-    @property
-    def drafted(self) -> int:
-        """Tokens that the draft proposed."""
-        ...
-
-    @property
-    def accepted(self) -> int:
-        """Drafted tokens that the target accepted."""
-        ...
-
-
-class Writer(Protocol):
-    """Turns token ids into text; `models.writer.TextWriter` is one."""
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the text."""
-        ...
-
-    def add(self, token: int) -> None:
-        """Append a token."""
-
-    def take(self) -> str:
-        """Return the text that was not returned yet and will not change any more."""
-        ...
-
-    def finish(self) -> str:
-        """Return the rest of the text."""
-        ...
+if TYPE_CHECKING:
+    from spmoe.models.writer import TextWriter
+    from spmoe.speculative import Iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +37,7 @@ class Generation:
 
 
 def write(
-    iterations: Iterable[Written], writer: Writer, ends: Collection[int], course: Course
+    iterations: Iterable[Iteration], writer: TextWriter, ends: Collection[int], course: Course
 ) -> Iterator[str]:
     """Yield the text of iterations in chunks, none of them empty.
 

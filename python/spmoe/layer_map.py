@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from spmoe.errors import InvalidArgument
+from spmoe.models.loading import TargetModel
 from spmoe.progress import Progress, silent
 from spmoe.ridge import RidgeFit
-from spmoe.states import HasMoeLayers, decoder_layers, read_text, watch_routing, watch_state
+from spmoe.states import decoder_layers, read_text, watch_routing, watch_state
 from spmoe.whole_file import write_whole
 
 # The draft's own norm makes tokens alike in size, as a linear map needs them.
@@ -68,7 +69,7 @@ class LayerMap:
         """Return the same map with its weights on a device."""
         return replace(self, weights=self.weights.to(device))
 
-    def mismatch(self, target: HasMoeLayers, draft: Any) -> str | None:
+    def mismatch(self, target: TargetModel, draft: Any) -> str | None:
         """Return why the map is of another pair, None if its shape fits this one."""
         _, inputs, experts = self.weights.shape
         for what, found, wanted in (
@@ -81,7 +82,7 @@ class LayerMap:
                 return f"it was fitted for {what} {found}, this pair has {wanted}"
         return None
 
-    def check(self, target: HasMoeLayers, draft: Any) -> None:
+    def check(self, target: TargetModel, draft: Any) -> None:
         """Check that the map is of this pair.
 
         Raises:
@@ -174,7 +175,7 @@ class LayerMap:
         )
 
 
-def nearest_layers(target: HasMoeLayers, draft: Any) -> tuple[int, ...]:
+def nearest_layers(target: TargetModel, draft: Any) -> tuple[int, ...]:
     """Return, for each MoE layer, the draft's layer at about the same share of the depth."""
     ours, theirs = (len(decoder_layers(model)) for model in (target.model, draft))
     # The draft's layer in which the middle of the target's lies: of equal depths, the same one.
@@ -182,7 +183,7 @@ def nearest_layers(target: HasMoeLayers, draft: Any) -> tuple[int, ...]:
 
 
 def fit(
-    target: HasMoeLayers,
+    target: TargetModel,
     draft: Any,
     documents: Sequence[Sequence[int]],
     *,
@@ -238,7 +239,7 @@ def fit(
 
 
 def _routing(
-    target: HasMoeLayers, chunks: Sequence[Sequence[int]], report: Progress
+    target: TargetModel, chunks: Sequence[Sequence[int]], report: Progress
 ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
     """Return each MoE layer's logits and choices, a tensor for each chunk."""
     logits: list[list[torch.Tensor]] = [[] for _ in target.moe_layers]
@@ -250,7 +251,8 @@ def _routing(
                 logits[ordinal].append(scores.float().cpu())
                 chosen[ordinal].append(index.cpu())
 
-            watch_routing(hooks, layer.gate, keep)
+            gate: Any = layer.gate
+            watch_routing(hooks, gate, keep)
         for done, chunk in enumerate(chunks):
             report("the target reads the calibration text", done, len(chunks))
             read_text(target.model, chunk)

@@ -39,7 +39,7 @@ def load(
     pinned_memory: int | str = "auto",
     draft_length: int | str = "auto",
     policy: str | Policy = DEFAULT,
-    eviction: str = "auto",
+    eviction: str | None = "auto",
     dtype: torch.dtype | str | None = None,
     max_context: int | None = None,
     link_gbps: float = 0.0,
@@ -63,7 +63,8 @@ def load(
         draft_length: Tokens drafted an iteration, from 0 to 31, or "auto": chosen each time.
         policy: What is prefetched: one of `spmoe.runtime.POLICIES`, or a `Policy`. Changes speed,
             never the text.
-        eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, or "auto".
+        eviction: What leaves for it: one of `spmoe.runtime.EVICTIONS`, "auto", or None, as for
+            `Settings`.
         dtype: Of the target's activations and of all its weights but the experts', which keep the
             checkpoint's; None means float32 on the host, the checkpoint's own on CUDA. The draft
             keeps its checkpoint's.

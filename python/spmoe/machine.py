@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -117,6 +120,26 @@ def read_system(root: Path = Path("/")) -> System:
         nvidia_driver=driver[0] if driver else None,
         gpus=tuple(model or "unknown" for model in models),
     )
+
+
+def cpu_model() -> str:
+    """Return the name that the processor has for itself."""
+    return read_processor().name or platform.processor()
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    # getrusage counts the parent's memory too, as it was when it forked.
+    peak = _kib(_fields(Path("/proc/self/status")).get("VmHWM"))
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed Python package; None: it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _groups(root: Path) -> Iterator[Path]:

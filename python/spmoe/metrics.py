@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from spmoe.counters import Counters
+from spmoe.machine import peak_rss_bytes
 
 
 @dataclass(slots=True)
@@ -75,28 +72,6 @@ class Metrics:
     def as_dict(self) -> dict[str, Any]:
         """Return all figures by name."""
         return asdict(self)
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory that this process has had."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent had when it forked
-        lines = status.read_text(encoding="utf-8").splitlines()
-        peak = next((line for line in lines if line.startswith("VmHWM:")), None)
-        if peak is not None:
-            return int(peak.split()[1]) * 1024
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak_rss if sys.platform == "darwin" else peak_rss * 1024
-
-
-def cpu_model() -> str:
-    """Return what the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def summarise(

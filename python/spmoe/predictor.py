@@ -3,7 +3,7 @@
 While the draft writes a token, the state of each of its layers goes through the *target's* router
 of the same layer, and the scores go to the runtime, layer by layer. Where the draft is of another
 depth or width, a `LayerMap` stands for the router. Inside the target, the state of a layer goes
-through the routers of the next ones.
+through the router of the next one.
 
 Predictions change when bytes move, never the text.
 
@@ -24,8 +24,9 @@ from torch import nn
 from spmoe.config import MAX_ROWS
 from spmoe.errors import InvalidArgument
 from spmoe.layer_map import MAPPED_STATE, LayerMap
+from spmoe.models.loading import TargetModel
 from spmoe.routers import routers
-from spmoe.states import STATES, HasMoeLayers, check_state, decoder_layers, watch_input, watch_state
+from spmoe.states import STATES, check_state, decoder_layers, watch_input, watch_state
 
 Report = Callable[[int, torch.Tensor], None]  # MoE layer, scores [experts]
 Wanted = Callable[[int], bool]  # MoE layer -> whether a prediction for it is of any use now
@@ -47,7 +48,7 @@ def join(scores: torch.Tensor) -> torch.Tensor:
     return total.where((scores > 1).any(dim=0), total.clamp(max=1))
 
 
-def draft_mismatch(target: HasMoeLayers, draft: Any) -> str | None:
+def draft_mismatch(target: TargetModel, draft: Any) -> str | None:
     """Return why the draft's layers do not stand for the target's, None if they do."""
     ours, theirs = (model.config.get_text_config() for model in (target.model, draft))
     for what, name in (("layers", "num_hidden_layers"), ("hidden size", "hidden_size")):
@@ -73,7 +74,7 @@ class DraftReader:
 
 
 def draft_readers(
-    target: HasMoeLayers, draft: Any, *, state: str = STATES[0], layer_map: LayerMap | None = None
+    target: TargetModel, draft: Any, *, state: str = STATES[0], layer_map: LayerMap | None = None
 ) -> list[DraftReader]:
     """Return how the draft predicts the target's MoE layers, one for each. As `draft_predictions`.
 
@@ -101,7 +102,7 @@ def draft_readers(
 
 @contextmanager
 def draft_predictions(
-    target: HasMoeLayers,
+    target: TargetModel,
     draft: Any,
     report: Report,
     *,
@@ -142,36 +143,31 @@ def draft_predictions(
 
 @contextmanager
 def target_predictions(
-    target: HasMoeLayers,
+    target: TargetModel,
     report: Report,
     *,
-    ahead: int = 1,
     first_row: Callable[[], int] = lambda: 0,
     wanted: Wanted = lambda _: True,
     on_error: Fail | None = None,
 ) -> Iterator[None]:
-    """Report predictions for the next layers while the target runs a few tokens.
+    """Report predictions for the next layer while each layer of the target runs a few tokens.
 
     Args:
         target: The model; passes of more than `MAX_ROWS` tokens (prompts), which need nearly every
             expert, are left alone.
         report: Called with a MoE layer and its scores.
-        ahead: How many layers ahead, from 1 to 3.
         first_row: Called in each layer: rows before it are left out.
         wanted: As for `draft_predictions`.
         on_error: As for `draft_predictions`.
     """
     found = routers(target)
     with ExitStack() as hooks:
-        for ordinal, router in enumerate(found):
-            nexts = range(ordinal + 1, min(ordinal + 1 + ahead, len(found)))
+        for following, router in enumerate(found[:-1], 1):
 
-            def observe(rows: torch.Tensor, nexts: range = nexts) -> None:
-                if len(rows) > MAX_ROWS or first_row() >= len(rows):
-                    return
-                for later in filter(wanted, nexts):
-                    scores = found[later].scores(rows[first_row() :], normed=False)
-                    report(later, join(scores))
+            def observe(rows: torch.Tensor, following: int = following) -> None:
+                if first_row() < len(rows) <= MAX_ROWS and wanted(following):
+                    scores = found[following].scores(rows[first_row() :], normed=False)
+                    report(following, join(scores))
 
             watch_input(hooks, router.norm, _guarded(observe, on_error))
         yield

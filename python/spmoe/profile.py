@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +19,10 @@ from spmoe.costs import Costs
 from spmoe.devices import device_model
 from spmoe.errors import Error, InvalidArgument
 from spmoe.layer_map import LayerMap
-from spmoe.metrics import cpu_model
+from spmoe.machine import cpu_model, package_version
 from spmoe.models.checkpoint import find_checkpoint
+from spmoe.models.loading import TargetModel
 from spmoe.settings import Settings
-from spmoe.states import HasMoeLayers
 from spmoe.whole_file import write_whole
 
 log = logging.getLogger("spmoe")
@@ -69,7 +68,7 @@ class Fingerprint:
                 "cores": len(os.sched_getaffinity(0)),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
-                "spmoe": _version(),
+                "spmoe": package_version("spmoe") or "unknown",
             },
             settings={
                 "dtype": str(dtype),
@@ -224,7 +223,7 @@ def known_costs(fingerprint: Fingerprint, expert_bytes: int | None = None) -> Co
 
 
 def known_layer_map(
-    fingerprint: Fingerprint, target: HasMoeLayers | None = None, draft: Any = None
+    fingerprint: Fingerprint, target: TargetModel | None = None, draft: Any = None
 ) -> LayerMap | None:
     """Return the map kept for this pair; None, with a warning if there is a stale one.
 
@@ -260,10 +259,3 @@ def _describe(model: str | PathLike[str]) -> Mapping[str, Any]:
         "config": json.loads((checkpoint.directory / "config.json").read_text(encoding="utf-8")),
         "files": {shard.name: shard.stat().st_size for shard in checkpoint.shards},
     }
-
-
-def _version() -> str:
-    try:
-        return version("spmoe")
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "unknown"

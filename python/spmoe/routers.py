@@ -17,8 +17,9 @@ from torch import nn
 
 from spmoe.errors import Error, InvalidArgument
 from spmoe.models.experts import without_contribution
+from spmoe.models.loading import TargetModel
 from spmoe.policies import SOURCES, instead
-from spmoe.states import HasMoeLayers, decoder_layers, read_text
+from spmoe.states import decoder_layers, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Router:
 _FOUND: WeakKeyDictionary[Any, list[Router]] = WeakKeyDictionary()  # by model
 
 
-def routers(target: HasMoeLayers) -> list[Router]:
+def routers(target: TargetModel) -> list[Router]:
     """Return the target's routers, one for each MoE layer. The first call runs the model.
 
     It reads a few tokens, with routed experts that are not in memory left out: none is fetched.
@@ -83,7 +84,7 @@ def routers(target: HasMoeLayers) -> list[Router]:
     return known
 
 
-def _find(target: HasMoeLayers) -> list[Router]:
+def _find(target: TargetModel) -> list[Router]:
     found = []
     with without_contribution(target.model):
         passes = [_watch_pass(target, tokens) for tokens in ((5, 3), (2, 7, 1))]
@@ -116,7 +117,7 @@ class _Seen:
     keywords: dict[str, Any] | None = None
 
 
-def _watch_pass(target: HasMoeLayers, tokens: Sequence[int]) -> list[_Seen]:
+def _watch_pass(target: TargetModel, tokens: Sequence[int]) -> list[_Seen]:
     seen = [_Seen() for _ in target.moe_layers]
     blocks = decoder_layers(target.model)
     with ExitStack() as hooks:
@@ -165,7 +166,7 @@ def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     )
 
 
-def _try(router: Router, target: HasMoeLayers, name: str) -> None:
+def _try(router: Router, target: TargetModel, name: str) -> None:
     """Call a router once, so that a prediction does not fail later."""
     weight = router.norm.weight
     try:

@@ -21,9 +21,7 @@ _MOST_THREADS = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class RuntimeSettingNames(TypedDict, total=False):
-    """Keywords of `Settings` that concern a `Runtime`."""
-
+class _SettingNames(TypedDict, total=False):
     expert_memory: int | str
     device: str
     pinned_memory: int | str
@@ -31,31 +29,21 @@ class RuntimeSettingNames(TypedDict, total=False):
     eviction: str | None
     link_gbps: float
     trace_spans: int
+
+
+class RuntimeSettingNames(_SettingNames, total=False):
+    """Keywords of `Settings` that concern a `Runtime`."""
+
     compute_threads: int
     copy_threads: int
 
 
-class SettingNames(RuntimeSettingNames, total=False):
-    """Keywords of `Settings`, for functions that pass them on."""
-
-    draft_length: int | str
-    dtype: torch.dtype | str | None
-    max_context: int | None
-
-
-class LoadSettingNames(TypedDict, total=False):
+class LoadSettingNames(_SettingNames, total=False):
     """Keywords of `Settings` that `load` takes."""
 
-    expert_memory: int | str
-    device: str
-    pinned_memory: int | str
     draft_length: int | str
-    policy: str | Policy
-    eviction: str
     dtype: torch.dtype | str | None
     max_context: int | None
-    link_gbps: float
-    trace_spans: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

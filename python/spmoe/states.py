@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,30 +25,6 @@ STATES = tuple(_PLACES)
 
 Observe = Callable[[torch.Tensor], None]  # the state of every token of a pass, [tokens, hidden]
 ObserveRouting = Callable[[torch.Tensor, torch.Tensor], None]  # [tokens, experts], [tokens, k]
-
-
-class HasMoeLayers(Protocol):
-    """A `TargetModel`."""
-
-    @property
-    def model(self) -> Any:
-        """The transformers model."""
-        ...
-
-    @property
-    def moe_layers(self) -> Sequence[Any]:
-        """Layers with routed experts, in order: each has ``number`` and ``gate``."""
-        ...
-
-    @property
-    def experts_per_token(self) -> int:
-        """The routers' top-k."""
-        ...
-
-    @property
-    def store(self) -> Any:
-        """Their `ExpertStore`."""
-        ...
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:

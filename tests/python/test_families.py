@@ -43,9 +43,9 @@ class Case:
             target.store,
             expert_memory=expert_memory,
             experts_per_token=target.experts_per_token,
-            activation=target.activation,
-            alpha=target.alpha,
-            limit=target.limit,
+            activation=target.activation.name,
+            alpha=target.activation.alpha,
+            limit=target.activation.limit,
         )
 
 

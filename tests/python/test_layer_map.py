@@ -42,9 +42,9 @@ def open_target(path: Path, **settings: Any) -> tuple[TargetModel, Runtime]:
     runtime = Runtime(
         target.store,
         experts_per_token=target.experts_per_token,
-        activation=target.activation,
-        alpha=target.alpha,
-        limit=target.limit,
+        activation=target.activation.name,
+        alpha=target.activation.alpha,
+        limit=target.activation.limit,
         **({"expert_memory": "100%"} | settings),
     )
     attach(target, runtime)

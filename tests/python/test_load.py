@@ -13,7 +13,7 @@ import torch
 import spmoe
 from spmoe import loader
 from spmoe.measure import make_profile
-from spmoe.settings import LoadSettingNames, SettingNames, Settings
+from spmoe.settings import LoadSettingNames, RuntimeSettingNames, Settings
 
 
 def test_every_step_of_loading_is_reported_and_timed(target_path: Path) -> None:
@@ -102,9 +102,10 @@ def test_settings_can_be_copied_but_not_changed() -> None:
 
 
 def test_every_setting_has_its_name_for_those_who_pass_them_on() -> None:
-    assert {field.name for field in fields(Settings)} == SettingNames.__annotations__.keys()
+    of_runtime, of_load = RuntimeSettingNames.__annotations__, LoadSettingNames.__annotations__
+    assert {field.name for field in fields(Settings)} == of_runtime.keys() | of_load.keys()
     settings_of_load = set(signature(spmoe.load).parameters) - {"target", "draft", "progress"}
-    assert settings_of_load == LoadSettingNames.__annotations__.keys()
+    assert settings_of_load == of_load.keys()
 
 
 @pytest.mark.parametrize(

@@ -229,18 +229,12 @@ class TestDraft:
 
 
 class TestTarget:
-    @pytest.mark.parametrize("ahead", [1, 2, 3])
-    def test_each_layer_tells_of_the_next_ones(self, pair: Pair, ahead: int) -> None:
+    def test_each_layer_predicts_for_the_next_one(self, pair: Pair) -> None:
         target, _ = pair.readers()
         told = Reports()
-        with predictor.target_predictions(pair.target, told, ahead=ahead):
+        with predictor.target_predictions(pair.target, told):
             target.read(TEXT)
-        last = len(pair.layers) - 1
-        assert told.layers == [
-            later
-            for layer in pair.layers
-            for later in range(layer + 1, min(layer + ahead, last) + 1)
-        ]
+        assert told.layers == pair.layers[1:]
         for scores in told.scores:
             k = pair.target.experts_per_token
             assert float(scores.sum()) == pytest.approx(len(TEXT) * (1 + k), abs=1e-3)
@@ -269,7 +263,7 @@ class TestTarget:
     def test_its_hooks_go_when_it_ends(self, pair: Pair) -> None:
         before = hook_count(pair.target.model)
         with predictor.target_predictions(pair.target, Reports()):
-            assert hook_count(pair.target.model) == before + len(pair.layers)
+            assert hook_count(pair.target.model) == before + len(pair.layers) - 1
         assert hook_count(pair.target.model) == before
 
     def test_the_target_computes_the_same_and_its_gates_fire_once_a_pass(self, pair: Pair) -> None:
@@ -284,7 +278,7 @@ class TestTarget:
                     lambda *_, ordinal=ordinal: fired.append(ordinal)
                 )
                 hooks.callback(hook.remove)
-            with predictor.target_predictions(pair.target, Reports(), ahead=3):
+            with predictor.target_predictions(pair.target, Reports()):
                 assert torch.equal(watched.read(TEXT, last=4), expected)
         assert fired == pair.layers
 

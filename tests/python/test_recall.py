@@ -123,7 +123,7 @@ def open_case(path: Path, draft: Path) -> Case:
         target.store,
         expert_memory="100%",
         experts_per_token=target.experts_per_token,
-        activation=target.activation,
+        activation=target.activation.name,
     )
     attach(target, runtime)
     return Case(target, runtime, load_draft(draft))

@@ -140,6 +140,17 @@ def run_prompt(engine: Engine, tokens: list[int], count: int, tally: Tally) -> l
     return text
 
 
+def shares(used: Counters) -> dict[str, float | None]:
+    """Return how experts were found when needed, and how good prefetches were, as shares."""
+    wasted = used.prefetch_wasted_bytes / used.link_bytes if used.link_bytes else 0.0
+    return {
+        "hit_rate": used.hits / used.needed,
+        "late_rate": used.late / used.needed,
+        "recall": used.recalled / used.predicted_needs if used.predicted_needs else None,
+        "wasted_share": max(0.0, wasted),
+    }
+
+
 def to_row(
     cell: Cell, tally: Tally, *, peak_gbps: float, prompts: int, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -171,13 +182,8 @@ def to_row(
         "tokens_per_s": decoded / sum(tpot),
         "acceptance": tally.accepted / tally.drafted if tally.drafted else None,
         "tokens_per_iteration": tally.new_tokens / tally.iterations,
-        "hit_rate": used.hits / used.needed,
-        "late_rate": used.late / used.needed,
-        "recall": used.recalled / used.predicted_needs if used.predicted_needs else None,
+        **shares(used),
         "bytes_per_token": used.link_bytes / decoded,
-        "wasted_share": max(0.0, used.prefetch_wasted_bytes / used.link_bytes)
-        if used.link_bytes
-        else 0.0,
         "link_gbps": gbps,
         "link_share": gbps / peak_gbps if gbps and peak_gbps else None,
         "stall_s_per_token": used.stall_s / decoded,

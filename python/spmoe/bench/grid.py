@@ -25,7 +25,7 @@ from spmoe.bench.cell import Cell, Tally, load_models, open_engine, run_prompt, 
 from spmoe.bench.degrade import degrade
 from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
-from spmoe.metrics import cpu_model
+from spmoe.machine import cpu_model
 from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.policies import BASELINE, POLICIES, traits_of

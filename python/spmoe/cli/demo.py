@@ -6,8 +6,9 @@ import json
 
 import click
 
-from spmoe.cli.options import VARIANTS, option
+from spmoe.cli.options import option
 from spmoe.cli.progress import progress_bar
+from spmoe.demo import VARIANTS
 
 
 @click.command()

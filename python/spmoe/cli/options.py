@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from spmoe.cli.progress import Report, progress_bar
+from spmoe.cli.progress import progress_bar
 from spmoe.cli.types import DEVICE, DRAFT_LENGTH, MEMORY, PINNED_MEMORY
+from spmoe.demo import VARIANTS
 from spmoe.policies import DEFAULT, EVICTIONS, POLICIES
-
-VARIANTS = ("8x", "32x")
+from spmoe.progress import Progress
 
 
 def option(
@@ -162,9 +162,10 @@ def settings_of(flags: dict[str, Any], **changes: Any) -> dict[str, Any]:
         flags: Of a verb.
         **changes: Settings in place of theirs.
     """
-    from spmoe.settings import SettingNames
+    from spmoe.settings import LoadSettingNames
 
-    return {name: flags[name] for name in SettingNames.__annotations__ if name in flags} | changes
+    names = LoadSettingNames.__annotations__
+    return {name: flags[name] for name in names if name in flags} | changes
 
 
 def check_models(*, model: str | None, demo: str | None, **_: Any) -> None:
@@ -174,7 +175,7 @@ def check_models(*, model: str | None, demo: str | None, **_: Any) -> None:
 
 
 def find_models(
-    progress: Report | None = None,
+    progress: Progress | None = None,
     *,
     model: str | None,
     demo: str | None,

@@ -20,6 +20,7 @@ from spmoe.cli.options import (
 )
 from spmoe.cli.progress import progress_bar
 from spmoe.cli.types import MEMORY
+from spmoe.config import format_count
 
 if TYPE_CHECKING:
     from spmoe.profile import Profile
@@ -84,13 +85,14 @@ def _print(made: Profile) -> None:
         add("draft step", costs.draft_s, "draft_s")
         add("further token of a draft's pass", costs.draft_token_s, "draft_token_s")
     for rows, seconds in sorted(costs.layer_s.items()):
-        add(f"target layer, {_count(rows, 'row')}", seconds, f"layer_s[{rows}]")
+        add(f"target layer, {format_count(rows, 'row')}", seconds, f"layer_s[{rows}]")
     for batch, seconds in sorted(costs.copy_s.items()):
         gbps = batch * costs.expert_bytes / seconds / 1e9 if seconds else 0.0
-        add(f"link, {_count(batch, 'expert')}", seconds, f"copy_s[{batch}]", f" ({gbps:.2f} GB/s)")
+        add(
+            f"link, {format_count(batch, 'expert')}",
+            seconds,
+            f"copy_s[{batch}]",
+            f" ({gbps:.2f} GB/s)",
+        )
     add("compute lost to a prefetch", costs.prefetch_s, "prefetch_s")
     Console().print(table)
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

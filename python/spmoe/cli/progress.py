@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
-_PATIENCE_S = 2.0  # without a terminal, work that ends sooner is not spoken of
+from spmoe.progress import Progress, silent
 
-Report = Callable[[str, int, int], None]  # description, done, total
+_PATIENCE_S = 2.0  # without a terminal, work that ends sooner is not spoken of
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Report]:
+def progress_bar(quiet: bool) -> Iterator[Progress]:
     """Yield a callback (description, done, total) that shows progress on standard error."""
     if quiet:
-        yield lambda _description, _done, _total: None
+        yield silent
         return
     from rich.console import Console
 
@@ -29,15 +29,15 @@ def progress_bar(quiet: bool) -> Iterator[Report]:
         finally:
             line.cancel()
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.completed}/{task.total}"),
+        progress.TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with progress.Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None, visible=False)
 
         def report(description: str, done: int, total: int) -> None:

@@ -89,8 +89,8 @@ def making(directory: Path, fingerprint: str) -> Iterator[Path]:
         raise
 
 
-def check_space(root: Path, needed_bytes: int) -> None:
-    """Check that a disk has room.
+def check_space(root: Path, needed_bytes: int, what: str) -> None:
+    """Check that a disk has room for ``what``.
 
     Raises:
         Error: It has not.
@@ -98,7 +98,7 @@ def check_space(root: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed_bytes:
         raise Error(
-            f"the built-in pair needs {format_bytes(needed_bytes)} in {root}, but "
+            f"{what} needs {format_bytes(needed_bytes)} in {root}, but "
             f"{format_bytes(free)} are free there; {DISK_CURE}"
         )
 

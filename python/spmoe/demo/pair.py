@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from spmoe.calibration import calibration_text, tokenize_calibration
 from spmoe.config import default_cache
-from spmoe.demo import cache, dense, routing
+from spmoe.demo import VARIANTS, cache, dense, routing
 from spmoe.demo.checkpoint import write_draft, write_target
 from spmoe.demo.mixtral import NoisyCopies
 from spmoe.demo.qwen2_moe import NoisyParts
@@ -24,12 +24,10 @@ from spmoe.demo.recipe import Recipe, fingerprint
 from spmoe.errors import Error, InvalidArgument
 from spmoe.progress import Progress, silent
 
-_RECIPES: dict[str, Recipe] = {"8x": NoisyCopies(), "32x": NoisyParts()}
+_RECIPES: dict[str, Recipe] = dict(zip(VARIANTS, (NoisyCopies(), NoisyParts()), strict=True))
 _CODE_VERSION = 1  # raised when this package makes other bytes of the same recipe
 _SETTINGS_BYTES = 10**7  # configuration and tokenizer, generously
 _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
-
-VARIANTS = tuple(_RECIPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,8 @@ def _make(pair: Pair, missing: dict[Path, str], recipe: Recipe, report: Progress
     }
     for path in missing:
         cache.discard(path)  # of an older recipe, or damaged: its space is needed
-    cache.check_space(pair.target.parent, sum(_checkpoint_bytes(configs[path]) for path in missing))
+    needed_bytes = sum(_checkpoint_bytes(configs[path]) for path in missing)
+    cache.check_space(pair.target.parent, needed_bytes, "the built-in pair")
     if pair.draft in missing:
         with cache.making(pair.draft, missing[pair.draft]) as directory:
             write_draft(directory, source)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spmoe.config import format_bytes
+from spmoe.config import format_bytes, format_count
 from spmoe.doctor.report import Report
 
 UNKNOWN = "unknown"
@@ -55,9 +55,8 @@ def _describe_link(report: Report) -> Iterator[Line]:
         yield Line(f"link to {link.device}, page cache", _gbps(link.cached_gbps))
         yield Line(f"link to {link.device}, from disk", cold)
     if report.memcpy_gbps is not None:
-        yield Line(
-            f"memcpy, {_count(torch.get_num_threads(), 'thread')}", _gbps(report.memcpy_gbps)
-        )
+        threads = format_count(torch.get_num_threads(), "thread")
+        yield Line(f"memcpy, {threads}", _gbps(report.memcpy_gbps))
 
 
 def _describe_memory(report: Report) -> Iterator[Line]:
@@ -123,7 +122,3 @@ def _size(size_bytes: int | None) -> str:
 
 def _gbps(gbps: float) -> str:
     return f"{gbps:.2f} GB/s"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -17,9 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from spmoe.bench.bounds import touch_all
-from spmoe.config import format_bytes
-from spmoe.demo.cache import PARTIAL, only_process
-from spmoe.errors import Error
+from spmoe.demo.cache import PARTIAL, check_space, only_process
 from spmoe.progress import Progress, silent
 from spmoe.runtime import Runtime
 from spmoe.store import open_store
@@ -98,19 +96,9 @@ def measure_link(
     with only_process(room, report, other="another `spmoe doctor`"):
         for leftover in folder.glob("doctor-*/"):  # of versions without a lock
             shutil.rmtree(leftover)
-        _check_space(room, sample)
+        check_space(room, sample.file_bytes, "measuring the link")
         with tempfile.TemporaryDirectory(prefix=f".sample{PARTIAL}", dir=room) as place:
             return _measure(Path(place), device, sample, report)
-
-
-def _check_space(folder: Path, sample: Sample) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < sample.file_bytes:
-        raise Error(
-            f"measuring the link needs {format_bytes(sample.file_bytes)} in {folder}, but "
-            f"{format_bytes(free)} are free there; free some, or set SPMOE_CACHE to a folder on "
-            "another disk"
-        )
 
 
 def _measure(place: Path, device: str, sample: Sample, report: Progress) -> Link:

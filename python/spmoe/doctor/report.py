@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from spmoe.machine import (
     Memory,
     Processor,
     System,
+    package_version,
     read_memory,
     read_processor,
     read_system,
@@ -117,13 +117,7 @@ def _find_cuda() -> Cuda:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: _version(name) for name in ("spmoe", "torch", "transformers")}
+    names = ("spmoe", "torch", "transformers")
+    packages = {name: package_version(name) or "not installed" for name in names}
     libc = " ".join(platform.libc_ver()).strip()
     return packages | {"Python": platform.python_version(), "libc": libc or "unknown"}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spmoe.errors import CheckpointError, InvalidArgument
+from spmoe.models.activation import Activation
 from spmoe.models.checkpoint import Checkpoint, find_checkpoint, find_directory
 from spmoe.models.experts import (
     IMPLEMENTATION,
@@ -29,7 +30,7 @@ from spmoe.models.weights import check_depth, read_model
 from spmoe.out_of_memory import out_of_memory
 from spmoe.progress import Progress
 from spmoe.runtime import Runtime
-from spmoe.settings import DTYPES, RuntimeSettingNames, Settings, check_dtype
+from spmoe.settings import DTYPES, RuntimeSettingNames, Settings
 from spmoe.store import open_store
 
 HOST = torch.device("cpu")
@@ -46,10 +47,7 @@ class TargetModel:
         moe_layers: Layers with routed experts, in the order of the forward pass.
         store: Where their experts rest; layer i of the store is ``moe_layers[i]``.
         experts_per_token: The routers' top-k.
-        activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
-        alpha: Sigmoid factor of "clamped_swiglu".
-        limit: Clamp of "clamped_swiglu".
-        interleaved: Gate and up alternate in the fused tensor.
+        activation: What joins gate and up.
         end_token_ids: Tokens that end a text; perhaps none.
     """
 
@@ -57,10 +55,7 @@ class TargetModel:
     moe_layers: tuple[MoeLayer, ...]
     store: ExpertStore
     experts_per_token: int
-    activation: str
-    alpha: float
-    limit: float
-    interleaved: bool
+    activation: Activation
     end_token_ids: frozenset[int]
 
     def open_runtime(
@@ -74,9 +69,9 @@ class TargetModel:
         return Runtime(
             self.store,
             experts_per_token=self.experts_per_token,
-            activation=self.activation,
-            alpha=self.alpha,
-            limit=self.limit,
+            activation=self.activation.name,
+            alpha=self.activation.alpha,
+            limit=self.activation.limit,
             settings=settings,
             progress=progress,
             **changes,
@@ -142,10 +137,7 @@ def load_target(
         moe_layers=layers,
         store=store,
         experts_per_token=experts_per_token,
-        activation=expected.activation.name,
-        alpha=expected.activation.alpha,
-        limit=expected.activation.limit,
-        interleaved=expected.interleaved,
+        activation=expected.activation,
         end_token_ids=_end_token_ids(model),
     )
 
@@ -209,11 +201,6 @@ def load_tokenizer(path: str | PathLike[str]) -> PreTrainedTokenizerBase:
         CheckpointError: It has no tokenizer that transformers can load.
     """
     return read_tokenizer(fspath(path), find_directory(path))
-
-
-def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """Return the torch dtype that a setting means; None means float32, as on the host."""
-    return check_dtype(dtype) or torch.float32
 
 
 def _own_dtype(config: PreTrainedConfig) -> torch.dtype:
