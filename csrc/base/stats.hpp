@@ -23,23 +23,30 @@ struct LayerStats {
   double stall_s = 0;                     ///< compute waited for the link
   double compute_s = 0;                   ///< compute ran
 
+  /// Calls `visit(name, get)` for each counter, in order. `get(it)` is that counter of `it`, a
+  /// `LayerStats` or another struct whose counters have the same names.
+  template <class Visit>
+  static void for_each(const Visit& visit) {
+    visit("hits", [](auto& it) -> auto& { return it.hits; });
+    visit("late", [](auto& it) -> auto& { return it.late; });
+    visit("misses", [](auto& it) -> auto& { return it.misses; });
+    visit("repeated", [](auto& it) -> auto& { return it.repeated; });
+    visit("demand_bytes", [](auto& it) -> auto& { return it.demand_bytes; });
+    visit("prefetch_bytes", [](auto& it) -> auto& { return it.prefetch_bytes; });
+    visit("prefetch_used_bytes", [](auto& it) -> auto& { return it.prefetch_used_bytes; });
+    visit("predictions", [](auto& it) -> auto& { return it.predictions; });
+    visit("predicted_needs", [](auto& it) -> auto& { return it.predicted_needs; });
+    visit("recalled", [](auto& it) -> auto& { return it.recalled; });
+    visit("recalled_2k", [](auto& it) -> auto& { return it.recalled_2k; });
+    visit("critical", [](auto& it) -> auto& { return it.critical; });
+    visit("cancelled", [](auto& it) -> auto& { return it.cancelled; });
+    visit("cancelled_bytes", [](auto& it) -> auto& { return it.cancelled_bytes; });
+    visit("stall_s", [](auto& it) -> auto& { return it.stall_s; });
+    visit("compute_s", [](auto& it) -> auto& { return it.compute_s; });
+  }
+
   LayerStats& operator+=(const LayerStats& other) noexcept {
-    hits += other.hits;
-    late += other.late;
-    misses += other.misses;
-    repeated += other.repeated;
-    demand_bytes += other.demand_bytes;
-    prefetch_bytes += other.prefetch_bytes;
-    prefetch_used_bytes += other.prefetch_used_bytes;
-    predictions += other.predictions;
-    predicted_needs += other.predicted_needs;
-    recalled += other.recalled;
-    recalled_2k += other.recalled_2k;
-    critical += other.critical;
-    cancelled += other.cancelled;
-    cancelled_bytes += other.cancelled_bytes;
-    stall_s += other.stall_s;
-    compute_s += other.compute_s;
+    for_each([&](const char*, auto get) { get(*this) += get(other); });
     return *this;
   }
 };

@@ -10,10 +10,11 @@ namespace {
 Counters from_keywords(const py::kwargs& values) {
   Counters counters;
   std::size_t known = 0;
-  Counters::for_each([&](const char* name, auto member) {
+  Counters::for_each([&](const char* name, auto get) {
     if (!values.contains(name)) return;
     ++known;
-    counters.*member = values[name].cast<std::decay_t<decltype(counters.*member)>>();
+    auto& counter = get(counters);
+    counter = values[name].cast<std::decay_t<decltype(counter)>>();
   });
   if (known != values.size()) throw py::type_error{"Counters() got a name that is no counter"};
   return counters;
@@ -21,8 +22,7 @@ Counters from_keywords(const py::kwargs& values) {
 
 py::dict to_dict(const Counters& counters) {
   py::dict result;
-  Counters::for_each(
-      [&](const char* name, auto member) { result[name] = py::cast(counters.*member); });
+  Counters::for_each([&](const char* name, auto get) { result[name] = py::cast(get(counters)); });
   return result;
 }
 
@@ -33,7 +33,9 @@ void bind_counters(py::module_& m) {
       m, "Counters",
       "Counters of a runtime, over all its layers; a difference says what happened meanwhile."};
   counters.def(py::init(&from_keywords));
-  Counters::for_each([&](const char* name, auto member) { counters.def_readonly(name, member); });
+  Counters::for_each([&](const char* name, auto get) {
+    counters.def_property_readonly(name, [get](const Counters& self) { return get(self); });
+  });
   counters.def_property_readonly("needed", &Counters::needed, "Experts that layers asked for.")
       .def_property_readonly("prefetch_wasted_bytes", &Counters::prefetch_wasted_bytes,
                              "Moved on a prediction and not used (yet).")

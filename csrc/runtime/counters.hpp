@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "runtime/runtime.hpp"
 
@@ -32,37 +33,22 @@ struct Counters {
 
   bool operator==(const Counters&) const = default;
 
-  /// Calls `visit(name, member)` for each counter, in order.
+  /// Calls `visit(name, get)` for each counter; see `LayerStats::for_each`.
   template <class Visit>
-  static void for_each(Visit&& visit) {
-    visit("hits", &Counters::hits);
-    visit("late", &Counters::late);
-    visit("misses", &Counters::misses);
-    visit("repeated", &Counters::repeated);
-    visit("demand_bytes", &Counters::demand_bytes);
-    visit("prefetch_bytes", &Counters::prefetch_bytes);
-    visit("prefetch_used_bytes", &Counters::prefetch_used_bytes);
-    visit("predictions", &Counters::predictions);
-    visit("predicted_needs", &Counters::predicted_needs);
-    visit("recalled", &Counters::recalled);
-    visit("recalled_2k", &Counters::recalled_2k);
-    visit("critical", &Counters::critical);
-    visit("cancelled", &Counters::cancelled);
-    visit("cancelled_bytes", &Counters::cancelled_bytes);
-    visit("link_bytes", &Counters::link_bytes);
-    visit("iterations", &Counters::iterations);
-    visit("accepted", &Counters::accepted);
-    visit("link_busy_s", &Counters::link_busy_s);
-    visit("stall_s", &Counters::stall_s);
-    visit("compute_s", &Counters::compute_s);
+  static void for_each(const Visit& visit) {
+    LayerStats::for_each(visit);
+    visit("link_bytes", [](auto& it) -> auto& { return it.link_bytes; });
+    visit("iterations", [](auto& it) -> auto& { return it.iterations; });
+    visit("accepted", [](auto& it) -> auto& { return it.accepted; });
+    visit("link_busy_s", [](auto& it) -> auto& { return it.link_busy_s; });
   }
 
   Counters& operator+=(const Counters& other) noexcept {
-    for_each([&](const char*, auto member) { this->*member += other.*member; });
+    for_each([&](const char*, auto get) { get(*this) += get(other); });
     return *this;
   }
   Counters& operator-=(const Counters& other) noexcept {
-    for_each([&](const char*, auto member) { this->*member -= other.*member; });
+    for_each([&](const char*, auto get) { get(*this) -= get(other); });
     return *this;
   }
   friend Counters operator+(Counters left, const Counters& right) noexcept { return left += right; }
@@ -81,27 +67,15 @@ struct Counters {
 [[nodiscard]] inline Counters add_up(const RuntimeStats& stats) {
   LayerStats total;
   for (const LayerStats& layer : stats.layers) total += layer;
-  const auto whole = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
-  return {.hits = whole(total.hits),
-          .late = whole(total.late),
-          .misses = whole(total.misses),
-          .repeated = whole(total.repeated),
-          .demand_bytes = whole(total.demand_bytes),
-          .prefetch_bytes = whole(total.prefetch_bytes),
-          .prefetch_used_bytes = whole(total.prefetch_used_bytes),
-          .predictions = whole(total.predictions),
-          .predicted_needs = whole(total.predicted_needs),
-          .recalled = whole(total.recalled),
-          .recalled_2k = whole(total.recalled_2k),
-          .critical = whole(total.critical),
-          .cancelled = whole(total.cancelled),
-          .cancelled_bytes = whole(total.cancelled_bytes),
-          .link_bytes = whole(stats.link.bytes),
-          .iterations = whole(stats.iterations),
-          .accepted = whole(stats.accepted),
-          .link_busy_s = stats.link.busy_s,
-          .stall_s = total.stall_s,
-          .compute_s = total.compute_s};
+  Counters counters{.link_bytes = static_cast<std::int64_t>(stats.link.bytes),
+                    .iterations = static_cast<std::int64_t>(stats.iterations),
+                    .accepted = static_cast<std::int64_t>(stats.accepted),
+                    .link_busy_s = stats.link.busy_s};
+  LayerStats::for_each([&](const char*, auto get) {
+    auto& counter = get(counters);
+    counter = static_cast<std::decay_t<decltype(counter)>>(get(total));
+  });
+  return counters;
 }
 
 }  // namespace spmoe

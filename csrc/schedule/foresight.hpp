@@ -3,10 +3,7 @@
 #include <cstdint>
 #include <span>
 
-#include "schedule/activation_history.hpp"
-#include "schedule/prefetch_policy.hpp"
-#include "schedule/routing_trace.hpp"
-#include "schedule/use_forecast.hpp"
+#include "schedule/policy_view.hpp"
 
 namespace spmoe {
 

@@ -14,7 +14,7 @@ constexpr float kept_probability = 0.5F;
 
 class Horizon final : public PrefetchPolicy {
  public:
-  Horizon(const PolicyView& view, const PrefetchLimits& limits) : view_{view}, limits_{limits} {
+  explicit Horizon(const PolicyView& view) : view_{view} {
     planned_.reserve(std::size_t{view.shape.layer_count} * view.shape.expert_count);
   }
 
@@ -23,7 +23,7 @@ class Horizon final : public PrefetchPolicy {
     const bool another_token = prediction.layer <= last_layer_;
     const bool token_complete = prediction.layer + 1 == view_.shape.layer_count;
     last_layer_ = prediction.layer;
-    if ((another_token || token_complete) && !limits_.budget_bytes.empty()) {
+    if ((another_token || token_complete) && !view_.limits.budget_bytes.empty()) {
       plan(queue);
     } else {
       plan_layer(prediction.layer, queue);
@@ -43,7 +43,7 @@ class Horizon final : public PrefetchPolicy {
   bool admits(const Admission& admission) const override {
     const UseForecast& forecast = view_.forecast;
     const float probability = forecast.probability(admission.incoming);
-    if (probability < limits_.break_even) return false;
+    if (probability < view_.limits.break_even) return false;
     const float victim = forecast.value(admission.victim, next_layer_);
     if (forecast.ran(admission.victim.layer)) {
       // The demand that the prefetch stands in for would take the same slot: the victim is lost
@@ -59,7 +59,7 @@ class Horizon final : public PrefetchPolicy {
   /// What would be admitted in the place of an expert without value, which is what an empty slot
   /// holds: the slot is given already, and the rest of the blob costs no more than the whole.
   bool keeps(ExpertId expert) const override {
-    return view_.forecast.probability(expert) >= limits_.break_even &&
+    return view_.forecast.probability(expert) >= view_.limits.break_even &&
            view_.forecast.value(expert, next_layer_) > swap_gain;
   }
 
@@ -74,7 +74,7 @@ class Horizon final : public PrefetchPolicy {
       const float probability = view_.forecast.probability({layer, expert});
       const bool resident = view_.slots.find({layer, expert}).has_value();
       const float least =
-          resident ? std::max(limits_.break_even, kept_probability) : limits_.break_even;
+          resident ? std::max(view_.limits.break_even, kept_probability) : view_.limits.break_even;
       if (probability >= least) {
         queue.push({layer, expert}, FillKind::prefetch, order(layer, probability));
       } else {
@@ -96,12 +96,12 @@ class Horizon final : public PrefetchPolicy {
       if (!view_.forecast.predicted(layer)) continue;
       for (std::uint16_t expert = 0; expert < view_.shape.expert_count; ++expert) {
         const float probability = view_.forecast.probability({layer, expert});
-        if (probability < limits_.break_even || view_.slots.find({layer, expert})) continue;
+        if (probability < view_.limits.break_even || view_.slots.find({layer, expert})) continue;
         planned_.push_back({{layer, expert}, probability});
       }
-      const std::uint64_t budget = limits_.budget_bytes[layer];
+      const std::uint64_t budget = view_.limits.budget_bytes[layer];
       const std::uint64_t room =
-          (budget - std::min(budget, limits_.moved_bytes)) / view_.shape.blob_bytes;
+          (budget - std::min(budget, view_.limits.moved_bytes)) / view_.shape.blob_bytes;
       while (planned_.size() > room) {
         const auto least = std::ranges::min_element(planned_, {}, &Planned::probability);
         queue.push(least->expert, FillKind::prefetch,
@@ -117,7 +117,6 @@ class Horizon final : public PrefetchPolicy {
   }
 
   PolicyView view_;
-  const PrefetchLimits& limits_;
   std::vector<Planned> planned_;
   std::uint16_t last_layer_ = 0xFFFF;  // of the latest prediction
   std::uint16_t next_layer_ = 0;       // to run
@@ -125,8 +124,8 @@ class Horizon final : public PrefetchPolicy {
 
 }  // namespace
 
-std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const PrefetchLimits& limits) {
-  return std::make_unique<Horizon>(view, limits);
+std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view) {
+  return std::make_unique<Horizon>(view);
 }
 
 }  // namespace spmoe

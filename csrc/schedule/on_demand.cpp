@@ -10,6 +10,8 @@ class OnDemand final : public PrefetchPolicy {
 
 }  // namespace
 
-std::unique_ptr<PrefetchPolicy> make_on_demand() { return std::make_unique<OnDemand>(); }
+std::unique_ptr<PrefetchPolicy> make_on_demand(const PolicyView&) {
+  return std::make_unique<OnDemand>();
+}
 
 }  // namespace spmoe

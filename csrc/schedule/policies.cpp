@@ -9,64 +9,35 @@ namespace spmoe {
 namespace {
 
 constexpr std::array prefetch_rows{
+    PrefetchEntry{.name = "on-demand",
+                  .eviction = "lru",
+                  .default_eviction = "predicted-use",
+                  .make = make_on_demand},
     PrefetchEntry{
-        .name = "on-demand",
-        .eviction = "lru",
-        .default_eviction = "predicted-use",
-        .make = [](const PolicyView&, const PrefetchLimits&) { return make_on_demand(); }},
+        .name = "next-gate", .eviction = "lru", .reads = {.target = true}, .make = make_next_gate},
     PrefetchEntry{
-        .name = "next-gate",
-        .eviction = "lru",
-        .reads = {.target = true},
-        .make = [](const PolicyView& v, const PrefetchLimits&) { return make_next_gate(v); }},
-    PrefetchEntry{.name = "activation-trace",
-                  .eviction = "activation-reuse",
-                  .make = [](const PolicyView& v,
-                             const PrefetchLimits&) { return make_activation_trace(v); }},
-    PrefetchEntry{
-        .name = "sp-moe",
-        .eviction = "lru",
-        .reads = {.draft = true},
-        .limited_by = LimitedBy::cutoff_layer,
-        .make = [](const PolicyView& v, const PrefetchLimits& l) { return make_sp_moe(v, l); }},
-    PrefetchEntry{
-        .name = "horizon",
-        .eviction = "predicted-use",
-        .reads = {.draft = true, .target = true},
-        .limited_by = LimitedBy::break_even,
-        .make = [](const PolicyView& v, const PrefetchLimits& l) { return make_horizon(v, l); }},
-    PrefetchEntry{
-        .name = "oracle",
-        .eviction = "belady",
-        .replays = true,
-        .make = [](const PolicyView& v, const PrefetchLimits&) { return make_oracle(v); }},
+        .name = "activation-trace", .eviction = "activation-reuse", .make = make_activation_trace},
+    PrefetchEntry{.name = "sp-moe",
+                  .eviction = "lru",
+                  .reads = {.draft = true},
+                  .limited_by = LimitedBy::cutoff_layer,
+                  .make = make_sp_moe},
+    PrefetchEntry{.name = "horizon",
+                  .eviction = "predicted-use",
+                  .reads = {.draft = true, .target = true},
+                  .limited_by = LimitedBy::break_even,
+                  .make = make_horizon},
+    PrefetchEntry{.name = "oracle", .eviction = "belady", .replays = true, .make = make_oracle},
 };
 
 constexpr std::array eviction_rows{
-    EvictionEntry{.name = "lru",
-                  .make = [](const PolicyView& v) { return make_lru(v.shape.slot_count); }},
-    EvictionEntry{.name = "lfu",
-                  .make = [](const PolicyView& v) { return make_lfu(v.shape.slot_count); }},
-    EvictionEntry{.name = "next-use",
-                  .make =
-                      [](const PolicyView& v) {
-                        return make_next_use(v.shape.slot_count, v.shape.layer_count);
-                      }},
-    EvictionEntry{.name = "least-stale",
-                  .make =
-                      [](const PolicyView& v) {
-                        return make_least_stale(v.shape.slot_count, v.shape.layer_count);
-                      }},
-    EvictionEntry{.name = "predicted-use",
-                  .make =
-                      [](const PolicyView& v) {
-                        return make_predicted_use(v.forecast, v.shape.layer_count);
-                      }},
-    EvictionEntry{.name = "activation-reuse",
-                  .make = [](const PolicyView& v) { return make_activation_reuse(v.history); }},
-    EvictionEntry{.name = "belady",
-                  .replays = true,
-                  .make = [](const PolicyView& v) { return make_belady(v.trace); }},
+    EvictionEntry{.name = "lru", .make = make_lru},
+    EvictionEntry{.name = "lfu", .make = make_lfu},
+    EvictionEntry{.name = "next-use", .make = make_next_use},
+    EvictionEntry{.name = "least-stale", .make = make_least_stale},
+    EvictionEntry{.name = "predicted-use", .make = make_predicted_use},
+    EvictionEntry{.name = "activation-reuse", .make = make_activation_reuse},
+    EvictionEntry{.name = "belady", .replays = true, .make = make_belady},
 };
 
 template <class Row>

@@ -35,7 +35,7 @@ struct PrefetchEntry {
   PredictedFrom reads = {};
   LimitedBy limited_by = LimitedBy::nothing;
   bool replays = false;  ///< has to be given the routing to come; see `Foresight::replay`
-  std::unique_ptr<PrefetchPolicy> (*make)(const PolicyView&, const PrefetchLimits&);
+  std::unique_ptr<PrefetchPolicy> (*make)(const PolicyView&);
 };
 
 /// An eviction policy as it describes itself.

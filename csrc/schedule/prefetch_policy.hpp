@@ -6,11 +6,8 @@
 #include <vector>
 
 #include "base/types.hpp"
-#include "schedule/activation_history.hpp"
-#include "schedule/routing_trace.hpp"
-#include "schedule/slot_table.hpp"
+#include "schedule/policy_view.hpp"
 #include "schedule/transfer_queue.hpp"
-#include "schedule/use_forecast.hpp"
 
 namespace spmoe {
 
@@ -55,30 +52,8 @@ class PrefetchPolicy {
   [[nodiscard]] virtual bool keeps(ExpertId /*expert*/) const { return false; }
 };
 
-/// What policies look at; all of it outlives them.
-struct PolicyView {
-  const SchedulerShape& shape;
-  const SlotTable& slots;
-  const UseForecast& forecast;
-  const ActivationHistory& history;
-  const RoutingTrace& trace;
-};
-
-/// Settings of prefetching that the measured costs of the machine decide. Each policy reads those
-/// that concern it; see `LimitedBy`.
-struct PrefetchLimits {
-  /// Leading layers that drafting prefetches for (the cutoff layer L).
-  std::uint16_t cutoff_layer = 0xFFFF;
-  /// Bytes that the link can move from now until each layer runs; empty: unknown.
-  std::vector<std::uint64_t> budget_bytes;
-  /// Bytes that it has moved since.
-  std::uint64_t moved_bytes = 0;
-  /// Probability of use under which a prefetch costs more than it saves.
-  float break_even = 0.5F;
-};
-
 /// Nothing is prefetched. Source: Mixtral-Offloading, arXiv:2312.17238 (with LRU).
-std::unique_ptr<PrefetchPolicy> make_on_demand();
+std::unique_ptr<PrefetchPolicy> make_on_demand(const PolicyView& view);
 
 /// The experts that the target's next gates choose for the state of the layer under way, first
 /// come first served. Source: AdapMoE, arXiv:2408.10284, whose code predicts for one token at a
@@ -91,12 +66,12 @@ std::unique_ptr<PrefetchPolicy> make_activation_trace(const PolicyView& view);
 
 /// The critical experts (top-k of each drafted token) of the leading layers up to the cutoff
 /// layer, first come first served. Source: SP-MoE, arXiv:2510.10302, section 3.
-std::unique_ptr<PrefetchPolicy> make_sp_moe(const PolicyView& view, const PrefetchLimits& limits);
+std::unique_ptr<PrefetchPolicy> make_sp_moe(const PolicyView& view);
 
 /// All layers' predictions, joined over the drafted tokens, in the order of their deadlines and
 /// by calibrated probability; admitted where that saves more fills than the victim's leaving
 /// costs. Planned again with each drafted token.
-std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view, const PrefetchLimits& limits);
+std::unique_ptr<PrefetchPolicy> make_horizon(const PolicyView& view);
 
 /// Perfect knowledge: the trace's next needs in order, each filled only if it is used before its
 /// victim would be.

@@ -11,7 +11,8 @@ namespace {
 constexpr std::uint32_t verified_tokens = 32;
 
 PolicyView view_of(const Foresight& foresight, const FillTable& fills) {
-  return {foresight.shape, fills.slots(), foresight.forecast, foresight.history, foresight.trace()};
+  return {foresight.shape,   fills.slots(),     foresight.forecast,
+          foresight.history, foresight.trace(), foresight.limits};
 }
 
 }  // namespace
@@ -21,7 +22,7 @@ Scheduler::Scheduler(const SchedulerShape& shape, const PolicyNames& names)
       foresight_{std::make_unique<Foresight>(shape)},
       fills_{std::make_unique<FillTable>(shape)},
       eviction_{eviction_policy(names).make(view_of(*foresight_, *fills_))},
-      prefetch_{prefetch_policy(names).make(view_of(*foresight_, *fills_), foresight_->limits)},
+      prefetch_{prefetch_policy(names).make(view_of(*foresight_, *fills_))},
       prediction_stats_{shape},
       wants_(shape.expert_count, Want::none),
       one_row_(shape.expert_count, 1) {

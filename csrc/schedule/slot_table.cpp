@@ -61,20 +61,14 @@ void SlotTable::finish_fill(SlotIndex slot) {
       SlotState::resident;
 }
 
-void SlotTable::abort_fill(SlotIndex slot) {
-  Slot& aborted = require(
-      slot, slots_.at(slot).state == SlotState::filling && slots_[slot].leases == 0, "abort_fill");
-  slot_of_[place(aborted.expert)] = no_slot;
-  aborted.state = SlotState::empty;
-  empty_.push_back(slot);
-  std::ranges::push_heap(empty_, std::greater{});
-}
+void SlotTable::abort_fill(SlotIndex slot) { make_empty(slot, SlotState::filling, "abort_fill"); }
 
-void SlotTable::evict(SlotIndex slot) {
-  Slot& evicted = require(
-      slot, slots_.at(slot).state == SlotState::resident && slots_[slot].leases == 0, "evict");
-  slot_of_[place(evicted.expert)] = no_slot;
-  evicted.state = SlotState::empty;
+void SlotTable::evict(SlotIndex slot) { make_empty(slot, SlotState::resident, "evict"); }
+
+void SlotTable::make_empty(SlotIndex slot, SlotState from, const char* call) {
+  Slot& left = require(slot, slots_.at(slot).state == from && slots_[slot].leases == 0, call);
+  slot_of_[place(left.expert)] = no_slot;
+  left.state = SlotState::empty;
   empty_.push_back(slot);
   std::ranges::push_heap(empty_, std::greater{});
 }

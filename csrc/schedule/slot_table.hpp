@@ -71,6 +71,7 @@ class SlotTable {
 
  private:
   [[nodiscard]] std::size_t place(ExpertId expert) const;
+  void make_empty(SlotIndex slot, SlotState from, const char* call);
   Slot& require(SlotIndex slot, bool allowed, const char* call);
 
   std::vector<Slot> slots_;

@@ -5,13 +5,13 @@ namespace {
 
 class SpMoe final : public PrefetchPolicy {
  public:
-  SpMoe(const PolicyView& view, const PrefetchLimits& limits) : view_{view}, limits_{limits} {
+  explicit SpMoe(const PolicyView& view) : view_{view} {
     critical_.reserve(view.shape.expert_count);
   }
 
   void on_prediction(const Prediction& prediction, TransferQueue& queue) override {
     if (prediction.source != PredictionSource::draft) return;
-    if (prediction.layer >= limits_.cutoff_layer) return;
+    if (prediction.layer >= view_.limits.cutoff_layer) return;
     critical_.clear();
     append_critical(prediction.scores, view_.shape.experts_per_token, critical_);
     for (const std::uint16_t expert : critical_) {
@@ -21,14 +21,13 @@ class SpMoe final : public PrefetchPolicy {
 
  private:
   PolicyView view_;
-  const PrefetchLimits& limits_;
   std::vector<std::uint16_t> critical_;
 };
 
 }  // namespace
 
-std::unique_ptr<PrefetchPolicy> make_sp_moe(const PolicyView& view, const PrefetchLimits& limits) {
-  return std::make_unique<SpMoe>(view, limits);
+std::unique_ptr<PrefetchPolicy> make_sp_moe(const PolicyView& view) {
+  return std::make_unique<SpMoe>(view);
 }
 
 }  // namespace spmoe

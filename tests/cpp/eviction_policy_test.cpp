@@ -46,9 +46,9 @@ SchedulerShape shape_of(SlotIndex slot_count) {
 
 /// A policy by name, and all that it looks at.
 struct Made {
-  Made(const std::string& name, SlotIndex slot_count)
-      : world{shape_of(slot_count)},
-        policy{eviction_policy({.eviction = name}).make(world.view())} {}
+  Made(const std::string& name, SlotIndex slot_count) : Made{name, shape_of(slot_count)} {}
+  Made(const std::string& name, const SchedulerShape& shape)
+      : world{shape}, policy{eviction_policy({.eviction = name}).make(world.view())} {}
 
   EvictionPolicy* operator->() const { return policy.get(); }
 
@@ -236,7 +236,7 @@ TEST(Belady, keeps_what_is_used_again_soonest) {
 }
 
 TEST(Lru, evicts_the_slot_whose_last_use_or_fill_is_longest_ago) {
-  const auto policy = make_lru(3);
+  const Made policy{"lru", 3};
   const std::vector<Candidate> all{{0, {0, 0}}, {1, {0, 1}}, {2, {0, 2}}};
   for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
   EXPECT_EQ(policy->victim(all, 0), 0u);
@@ -277,10 +277,10 @@ TEST(Belady, has_as_many_hits_as_its_rule_allows) {
 }
 
 TEST(Belady, knows_nothing_once_the_run_has_left_the_trace) {
-  RoutingTrace trace{1, 4};
+  Made policy{"belady", 2};
+  RoutingTrace& trace = policy.world.trace;
   trace.append(0, std::array<std::uint16_t, 1>{1});
   trace.append(0, std::array<std::uint16_t, 1>{0});
-  const auto policy = make_belady(trace);
   const std::vector<Candidate> both{{0, {0, 0}}, {1, {0, 1}}};
   EXPECT_EQ(policy->victim(both, 0), 0u);
   trace.advance(0, std::array<std::uint16_t, 1>{1});
@@ -290,7 +290,7 @@ TEST(Belady, knows_nothing_once_the_run_has_left_the_trace) {
 }
 
 TEST(Lfu, evicts_the_slot_used_least_often_since_it_was_filled) {
-  const auto policy = make_lfu(3);
+  const Made policy{"lfu", 3};
   const std::vector<Candidate> all{{0, {0, 0}}, {1, {0, 1}}, {2, {0, 2}}};
   for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
   for (const SlotIndex slot : {1U, 0U, 0U, 2U}) policy->on_use(slot);
@@ -302,7 +302,7 @@ TEST(Lfu, evicts_the_slot_used_least_often_since_it_was_filled) {
 }
 
 TEST(NextUse, evicts_the_layer_that_runs_again_latest) {
-  const auto policy = make_next_use(/*slot_count=*/3, /*layer_count=*/8);
+  const Made policy{"next-use", {/*layer_count=*/8, expert_count, /*slot_count=*/3, 1}};
   const std::vector<Candidate> all{{0, {3, 0}}, {1, {5, 0}}, {2, {3, 1}}};
   for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
   EXPECT_EQ(policy->victim(all, /*current_layer=*/4), 0u);  // layer 3 has just run
@@ -312,7 +312,7 @@ TEST(NextUse, evicts_the_layer_that_runs_again_latest) {
 }
 
 TEST(LeastStale, evicts_what_this_pass_left_behind_then_what_is_to_come_then_what_it_touched) {
-  const auto policy = make_least_stale(/*slot_count=*/4, /*layer_count=*/4);
+  const Made policy{"least-stale", 4};
   const std::vector<Candidate> all{{0, {3, 0}}, {1, {2, 0}}, {2, {0, 0}}, {3, {1, 0}}};
   for (const Candidate& each : all) policy->on_fill(each.slot, each.resident);
   policy->on_end_iteration();
@@ -326,7 +326,7 @@ TEST(LeastStale, evicts_what_this_pass_left_behind_then_what_is_to_come_then_wha
 }
 
 TEST(LeastStale, evicts_the_oldest_of_what_this_pass_touched) {
-  const auto policy = make_least_stale(/*slot_count=*/2, /*layer_count=*/4);
+  const Made policy{"least-stale", 2};
   const std::vector<Candidate> both{{0, {1, 0}}, {1, {0, 0}}};
   policy->on_fill(0, {1, 0});
   policy->on_fill(1, {0, 0});
@@ -336,8 +336,8 @@ TEST(LeastStale, evicts_the_oldest_of_what_this_pass_touched) {
 }
 
 TEST(PredictedUse, evicts_what_is_predicted_to_go_unused) {
-  UseForecast forecast{shape_of(2)};
-  const auto policy = make_predicted_use(forecast, layer_count);
+  Made policy{"predicted-use", 2};
+  UseForecast& forecast = policy.world.forecast;
   const std::vector<Candidate> both{{0, {1, 0}}, {1, {1, 1}}};
   forecast.predict(1, std::array{1.5F, 0.01F, 0.0F, 0.0F, 0.0F, 0.0F});
   EXPECT_EQ(policy->victim(both, 0), 1u);
@@ -347,8 +347,8 @@ TEST(PredictedUse, evicts_what_is_predicted_to_go_unused) {
 }
 
 TEST(PredictedUse, goes_by_frequency_where_nothing_is_predicted) {
-  UseForecast forecast{shape_of(2)};
-  const auto policy = make_predicted_use(forecast, layer_count);
+  Made policy{"predicted-use", 2};
+  UseForecast& forecast = policy.world.forecast;
   const std::vector<std::uint32_t> one_row{1};
   for (int pass = 0; pass < 3; ++pass) {
     forecast.observe(1, std::array<std::uint16_t, 1>{0}, one_row, 1);
@@ -358,8 +358,8 @@ TEST(PredictedUse, goes_by_frequency_where_nothing_is_predicted) {
 }
 
 TEST(PredictedUse, of_equals_evicts_the_layer_that_runs_again_latest) {
-  UseForecast forecast{shape_of(2)};
-  const auto policy = make_predicted_use(forecast, layer_count);
+  Made policy{"predicted-use", 2};
+  UseForecast& forecast = policy.world.forecast;
   // A prompt that used none of them leaves nothing to tell them apart by.
   for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
     forecast.observe(layer, {}, {}, 100);
@@ -370,8 +370,8 @@ TEST(PredictedUse, of_equals_evicts_the_layer_that_runs_again_latest) {
 }
 
 TEST(ActivationReuse, evicts_the_lowest_share_of_the_nearest_past_request_and_late_layers_first) {
-  PolicyWorld world{shape_of(2)};
-  const auto policy = make_activation_reuse(world.history);
+  Made policy{"activation-reuse", 2};
+  PolicyWorld& world = policy.world;
   const std::vector<Candidate> late{{0, {1, 0}}, {1, {3, 0}}};
   EXPECT_EQ(policy->victim(late, 0), 1u);  // nothing is known
   world.run(1, std::array<std::uint16_t, 2>{0, 2});

@@ -19,7 +19,7 @@ struct PolicyWorld {
   PolicyWorld(const PolicyWorld&) = delete;
   PolicyWorld& operator=(const PolicyWorld&) = delete;
 
-  [[nodiscard]] PolicyView view() const { return {shape, slots, forecast, history, trace}; }
+  [[nodiscard]] PolicyView view() const { return {shape, slots, forecast, history, trace, limits}; }
 
   /// `layer` runs `experts`, one row each.
   void run(std::uint16_t layer, std::span<const std::uint16_t> experts) {
@@ -40,6 +40,7 @@ struct PolicyWorld {
   UseForecast forecast;
   ActivationHistory history;
   RoutingTrace trace;
+  PrefetchLimits limits;
 };
 
 }  // namespace spmoe

@@ -39,7 +39,7 @@ constexpr SchedulerShape shape{layer_count, expert_count, /*slot_count=*/8, blob
 class Driven {
  public:
   explicit Driven(const std::string& name)
-      : policy_{prefetch_policy({.prefetch = name}).make(world.view(), limits)} {}
+      : policy_{prefetch_policy({.prefetch = name}).make(world.view())} {}
 
   void predict(std::uint16_t layer, const Scores& scores, PredictionSource source = draft) {
     world.forecast.predict(layer, scores);
@@ -66,7 +66,6 @@ class Driven {
     return experts;
   }
 
-  PrefetchLimits limits;
   PolicyWorld world{shape};
   TransferQueue queue{std::size_t{layer_count} * expert_count};
 
@@ -107,8 +106,8 @@ TEST_P(PrefetchPolicyContract, asks_for_experts_of_the_model_only_and_allocates_
     std::mt19937 random{seed};
     Scores scores(expert_count);
     for (int pass = 0; pass < 40; ++pass) {
-      policy.limits.budget_bytes.assign(pass % 2 == 0 ? 0 : layer_count, random() % 500);
-      policy.limits.break_even = static_cast<float>(random() % 10) / 10;
+      policy.world.limits.budget_bytes.assign(pass % 2 == 0 ? 0 : layer_count, random() % 500);
+      policy.world.limits.break_even = static_cast<float>(random() % 10) / 10;
       for (int token = 0; token < 3; ++token) {
         for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
           std::ranges::generate(scores, [&] { return odd[random() % std::size(odd)]; });
@@ -129,7 +128,7 @@ TEST_P(PrefetchPolicyContract, asks_for_experts_of_the_model_only_and_allocates_
 
 TEST_P(PrefetchPolicyContract, allocates_nothing_after_construction) {
   const Scores scores{1.5F, 0.4F, 1.2F, 0.7F, 0.0F, 0.9F};
-  policy.limits.budget_bytes.assign(layer_count, 3 * blob_bytes);
+  policy.world.limits.budget_bytes.assign(layer_count, 3 * blob_bytes);
   policy.world.trace.append(1, Experts{2});
   policy.world.trace.append(2, Experts{2});
   const Experts experts{2};
@@ -244,7 +243,7 @@ TEST(SpMoe, takes_the_top_k_of_each_drafted_token_in_the_order_of_arrival) {
 
 TEST(SpMoe, drafts_no_further_than_the_cutoff_layer) {
   Driven policy{"sp-moe"};
-  policy.limits.cutoff_layer = 2;
+  policy.world.limits.cutoff_layer = 2;
   for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
     policy.predict(layer, Scores{0, 1.5F, 0, 0, 0, 0});
   }
@@ -281,17 +280,17 @@ TEST(Horizon, orders_by_deadline_then_by_probability) {
 
 TEST(Horizon, leaves_out_what_is_less_likely_than_the_break_even) {
   Driven policy{"horizon"};
-  policy.limits.break_even = 0.75F;
+  policy.world.limits.break_even = 0.75F;
   policy.predict(1, Scores{0.6F, 0, 1.5F, 0, 0, 0});
   EXPECT_EQ(policy.waiting(), (Ids{{1, 2}}));
-  policy.limits.break_even = 0.3F;
+  policy.world.limits.break_even = 0.3F;
   policy.predict(1, Scores(expert_count, 0.0F));
   EXPECT_EQ(policy.waiting(), (Ids{{1, 2}, {1, 0}}));
 }
 
 TEST(Horizon, joins_the_drafted_tokens) {
   Driven policy{"horizon"};
-  policy.limits.break_even = 0.75F;
+  policy.world.limits.break_even = 0.75F;
   const Scores doubtful{0, 0.5F, 0, 0, 0, 0};
   policy.predict(1, doubtful);
   EXPECT_EQ(policy.waiting(), Ids{});
@@ -301,7 +300,7 @@ TEST(Horizon, joins_the_drafted_tokens) {
 
 TEST(Horizon, the_least_likely_stands_back_when_a_deadline_cannot_be_met) {
   Driven policy{"horizon"};
-  policy.limits.budget_bytes = {blob_bytes, blob_bytes, 2 * blob_bytes, 3 * blob_bytes - 1};
+  policy.world.limits.budget_bytes = {blob_bytes, blob_bytes, 2 * blob_bytes, 3 * blob_bytes - 1};
   for (const float doubtful : {0.8F, 0.0F}) {
     policy.predict(0, Scores{0.75F * doubtful, 0, 0, 0, 0, 0});
     policy.predict(1, Scores{1.5F, 0, 0, 0, 0, 0});
@@ -316,8 +315,8 @@ TEST(Horizon, the_least_likely_stands_back_when_a_deadline_cannot_be_met) {
 
 TEST(Horizon, what_was_moved_since_leaves_less_of_the_budget) {
   Driven policy{"horizon"};
-  policy.limits.budget_bytes.assign(layer_count, 2 * blob_bytes);
-  policy.limits.moved_bytes = blob_bytes + 1;
+  policy.world.limits.budget_bytes.assign(layer_count, 2 * blob_bytes);
+  policy.world.limits.moved_bytes = blob_bytes + 1;
   policy.predict(0, Scores{0.6F, 0, 0, 0, 0, 0});
   for (std::uint16_t layer = 1; layer < layer_count; ++layer) {
     policy.predict(layer, layer == 2 ? Scores{0, 1.5F, 0, 0, 0, 0} : Scores(expert_count, 0.0F));
@@ -325,21 +324,21 @@ TEST(Horizon, what_was_moved_since_leaves_less_of_the_budget) {
   // Nothing whole fits any more, so that both stand back, in the order of layers.
   EXPECT_EQ(policy.waiting(), (Ids{{0, 0}, {2, 1}}));
   EXPECT_GE(policy.queue[0].order, layer_count);
-  policy.limits.moved_bytes = blob_bytes;
+  policy.world.limits.moved_bytes = blob_bytes;
   policy.predict(0, Scores{0.0F, 0, 0, 0, 0, 0});
   EXPECT_EQ(policy.waiting(), (Ids{{2, 1}, {0, 0}}));
 }
 
 TEST(Horizon, a_budget_of_nothing_still_begins_what_is_likely) {
   Driven policy{"horizon"};
-  policy.limits.budget_bytes.assign(layer_count, 0);
+  policy.world.limits.budget_bytes.assign(layer_count, 0);
   policy.predict(0, Scores{0, 1.5F, 0, 0, 0, 0});
   EXPECT_EQ(policy.waiting(), (Ids{{0, 1}}));
 }
 
 TEST(Horizon, plans_no_copy_of_what_is_resident) {
   Driven policy{"horizon"};
-  policy.limits.budget_bytes.assign(layer_count, blob_bytes);
+  policy.world.limits.budget_bytes.assign(layer_count, blob_bytes);
   policy.world.make_resident({1, 0});
   policy.predict(1, Scores{1.5F, 1.5F, 0, 0, 0, 0});
   EXPECT_EQ(policy.waiting(), (Ids{{1, 1}}));  // which has the budget to itself
@@ -348,7 +347,7 @@ TEST(Horizon, plans_no_copy_of_what_is_resident) {
 
 TEST(Horizon, asks_to_keep_what_is_resident_if_it_is_likelier_used_than_not) {
   Driven policy{"horizon"};
-  policy.limits.break_even = 0.1F;
+  policy.world.limits.break_even = 0.1F;
   policy.world.make_resident({1, 0});
   policy.world.make_resident({1, 1});
   policy.predict(1, Scores{1.5F, 0.3F, 0.3F, 0, 0, 0});
@@ -357,7 +356,7 @@ TEST(Horizon, asks_to_keep_what_is_resident_if_it_is_likelier_used_than_not) {
 
 TEST(Horizon, admits_only_swaps_that_are_worthwhile) {
   Driven policy{"horizon"};
-  policy.limits.break_even = 0.85F;
+  policy.world.limits.break_even = 0.85F;
   policy.predict(1, Scores{1.5F, 1.5F, 0.0F, 0.8F, 0, 0});
   const auto admits = [&](ExpertId incoming, ExpertId victim) {
     return policy->admits({incoming, victim});
@@ -366,9 +365,9 @@ TEST(Horizon, admits_only_swaps_that_are_worthwhile) {
   EXPECT_FALSE(admits({1, 0}, {1, 1}));  // as good
   EXPECT_FALSE(admits({1, 2}, {1, 0}));
   EXPECT_FALSE(admits({1, 3}, {1, 2}));  // under the break-even
-  policy.limits.break_even = 0.1F;
+  policy.world.limits.break_even = 0.1F;
   EXPECT_TRUE(admits({1, 3}, {1, 2}));
-  policy.limits.break_even = 0;
+  policy.world.limits.break_even = 0;
   EXPECT_FALSE(admits({1, 4}, {1, 2}));  // gains nothing
 }
 
@@ -382,9 +381,9 @@ TEST(Horizon, finishes_what_it_would_admit_into_an_empty_slot) {
   policy.need(1, {2});
   EXPECT_TRUE(policy->keeps({1, 0}));   // seldom left out
   EXPECT_FALSE(policy->keeps({1, 1}));  // predicted, and wrong
-  policy.limits.break_even = 0.99F;
+  policy.world.limits.break_even = 0.99F;
   EXPECT_FALSE(policy->keeps({1, 0}));
-  policy.limits.break_even = 0;
+  policy.world.limits.break_even = 0;
   EXPECT_FALSE(policy->keeps({1, 5}));  // gains nothing
 }
 
