@@ -9,8 +9,8 @@ import spmoe
 
 target, *draft = sys.argv[1:]
 with spmoe.load(target, *draft, expert_memory="25%") as engine:
-    for piece in engine.stream("Write a haiku about disks.", max_new_tokens=64):
-        print(piece, end="", flush=True)
+    for chunk in engine.stream("Write a haiku about disks.", max_new_tokens=64):
+        print(chunk, end="", flush=True)
     figures = engine.stats()["request"]
 print(
     f"\n{figures['tokens_per_s']:.1f} tokens/s, {figures['bytes_per_token'] / 1e6:.1f} MB a token"

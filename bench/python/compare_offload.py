@@ -44,7 +44,7 @@ from spmoe.settings import check_dtype
 
 @dataclass(slots=True)
 class Outcome:
-    """What one system did: its texts, and its time."""
+    """The texts of one system, and its time."""
 
     system: str
     draft_length: int | None  # None: as transformers chooses

@@ -2,8 +2,8 @@
 
 Prints GB of weights a second, by rows, of `spmoe.Runtime.forward` with every expert resident, and
 of torch's two matrix products and SiLU over as many weights of the same shape and dtype: the
-experts of one layer in turn, on the same machine, in the same run. What forward does beside, such
-as reading the router's choice back, is counted. On a processor that others use too, set
+experts of one layer in turn, on the same machine, in the same run. Other work of forward, such as
+reading the router's choice back, is counted. On a processor that others use too, set
 OMP_WAIT_POLICY=PASSIVE, or torch's threads wait for each other.
 
     python bench/python/expert_ffn_vs_torch.py qwen3-30b-a3b [--device cuda:0] [--json F]
@@ -82,19 +82,19 @@ def main(shape: str, device: str, shrink: int, repeats: int, json_file: Path | N
     chosen = resolve_device(device)
     processor = cpu_model() if chosen.type == "cpu" else device_model(native_name(chosen))
     config = make_config(shape, layers=1, shrink=shrink)
-    told = expert_format(config)
+    experts = expert_format(config)
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"
         write_checkpoint(model, config)
         files = sorted(model.glob("*.safetensors"))
-        store = spmoe.open_store(files, interleaved=told.interleaved)
+        store = spmoe.open_store(files, interleaved=experts.interleaved)
         with Runtime(
             store,
             expert_memory="100%",
             experts_per_token=1,
-            activation=told.activation.name,
-            alpha=told.activation.alpha,
-            limit=told.activation.limit,
+            activation=experts.activation.name,
+            alpha=experts.activation.alpha,
+            limit=experts.activation.limit,
             device=native_name(chosen),
         ) as runtime:
             table = measure(runtime, repeats)

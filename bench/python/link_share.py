@@ -1,9 +1,9 @@
 """How busy time of the link divides: what it moves while fills wait, what is lost at the end.
 
 A stretch is a run of fills that follow one another without a pause. Its first fill begins when it
-was submitted; its last one ends when a thread is there to say so, while the link has nothing left
-to do. Between the first landing and the last, another fill was always waiting. A fill that was
-withdrawn on its way counts as a whole one here, and as what it moved in the caption.
+was submitted; its last one ends when a thread records its completion, while the link has nothing
+left to do. Between the first completion and the last, another fill was always waiting. A fill that
+was cancelled in flight counts as a whole one here, and by the bytes that it moved in the caption.
 
     python bench/python/link_share.py --demo=32x --link-gbps 2 --expert-memory 50%
 """
@@ -26,19 +26,19 @@ from spmoe.runtime import POLICIES
 
 _SPANS = 1 << 20
 _PAUSE_S = 20e-6  # shorter is what it takes to note the time
-_LONGEST = 6  # stretches of as many fills or more are told together
+_LONGEST = 6  # stretches of as many fills or more share a row
 
-Fills = list[tuple[float, float]]  # seconds at which each was submitted and landed, by landing
+Fills = list[tuple[float, float]]  # seconds of each submission and completion, by completion
 
 
 @dataclass
 class Share:
-    """What stretches of one length came to."""
+    """The sums over stretches of one length."""
 
     stretches: int = 0
     fills: int = 0
     busy_s: float = 0.0
-    between_s: float = 0.0  # from the first landing of each to its last
+    between_s: float = 0.0  # from the first completion of each to its last
 
     def add(self, fills: Fills) -> None:
         """Add one stretch."""
@@ -98,8 +98,8 @@ def _decode(engine: spmoe.Engine, text: str, count: int, tally: Tally) -> Fills:
     _, prompt = engine.phases[:2]  # not drafted, read
     fills = [
         (start_s, end_s)
-        for lane, _, _, start_s, end_s, _ in engine.runtime.spans()
-        if lane in ("demand", "prefetch") and start_s >= prompt.end_s
+        for track, _, _, start_s, end_s, _ in engine.runtime.spans()
+        if track in ("demand", "prefetch") and start_s >= prompt.end_s
     ]
     return sorted(fills, key=lambda fill: fill[1])
 

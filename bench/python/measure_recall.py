@@ -37,8 +37,8 @@ from spmoe.states import (
 
 LAYER_MAP, PREVIOUS_LAYER = "layer map", "previous layer"  # sources beside the draft's states
 
-# Who tells of a verification's last row, which drafting alone leaves unread: nobody, the draft by
-# reading one token more, or the target's previous layer, as "horizon" has it.
+# The source that predicts a verification's last row, which drafting alone leaves unread: nobody,
+# the draft by reading one token more, or the target's previous layer, as "horizon" has it.
 LastRow = Literal["nobody", "draft", "target"]
 
 
@@ -68,7 +68,7 @@ def by_token(
         layer_map: Adds the source `LAYER_MAP`.
         exchanged: Adds, for each share, the default state with so many of the predicted experts
             exchanged for random ones, as `spmoe bench --degrade-prediction` does.
-        progress: Told of each text.
+        progress: Called for each text.
 
     Returns:
         Source -> a tally for each MoE layer. Sources are the draft's states `STATES`, if its
@@ -92,15 +92,15 @@ def by_token(
     found = routers(target)
     for done, text in enumerate(texts):
         report("both models read the texts", done, len(texts))
-        told: dict[tuple[str, int], torch.Tensor] = {}
+        predicted: dict[tuple[str, int], torch.Tensor] = {}
         with ExitStack() as hooks:
             for source, readers in sources.items():
                 for ordinal, reader in enumerate(readers):
-                    keep = partial(_keep, told, (source, ordinal), reader.scores)
+                    keep = partial(_keep, predicted, (source, ordinal), reader.scores)
                     watch_state(hooks, reader.layer, reader.state, keep)
             for ordinal in range(1, len(found)):
                 scores = partial(found[ordinal].scores, normed=False)
-                keep = partial(_keep, told, (PREVIOUS_LAYER, ordinal), scores)
+                keep = partial(_keep, predicted, (PREVIOUS_LAYER, ordinal), scores)
                 watch_input(hooks, found[ordinal - 1].norm, keep)
             read_text(draft, text.token_ids)
             for ordinal, layer in enumerate(target.moe_layers):
@@ -109,12 +109,12 @@ def by_token(
                     _: torch.Tensor,
                     chosen: torch.Tensor,
                     ordinal: int = ordinal,
-                    told: dict[tuple[str, int], torch.Tensor] = told,
+                    predicted: dict[tuple[str, int], torch.Tensor] = predicted,
                     first: int = text.first,
                 ) -> None:
                     for source, by_layer in tallies.items():
-                        if (source, ordinal) in told:
-                            scores = told[source, ordinal][first:]
+                        if (source, ordinal) in predicted:
+                            scores = predicted[source, ordinal][first:]
                             by_layer[ordinal].add(scores, chosen[first:])
 
                 watch_routing(hooks, layer.gate, count)
@@ -138,12 +138,12 @@ def _exchange(
 
 
 def _keep(
-    told: dict[tuple[str, int], torch.Tensor],
+    predicted: dict[tuple[str, int], torch.Tensor],
     at: tuple[str, int],
     scores: Callable[[torch.Tensor], torch.Tensor],
     state: torch.Tensor,
 ) -> None:
-    told[at] = scores(state)
+    predicted[at] = scores(state)
 
 
 def by_verification(
@@ -168,9 +168,9 @@ def by_verification(
         prompts: Token ids of each.
         max_new_tokens: Of each prompt; no token ends a text.
         draft_length: Tokens drafted an iteration.
-        last_row: Who tells of the last token that is verified; see `LastRow`.
+        last_row: The source that predicts for the last token that is verified; see `LastRow`.
         layer_map: As for `spmoe.predictor.draft_predictions`.
-        progress: Told of each prompt.
+        progress: Called for each prompt.
 
     Returns:
         Prompt and text of each, what was written being counted.
@@ -179,21 +179,21 @@ def by_verification(
     texts = []
     drafted_rows = 0
 
-    def tell_draft(layer: int, scores: torch.Tensor) -> None:
+    def report_draft(layer: int, scores: torch.Tensor) -> None:
         nonlocal drafted_rows
         drafted_rows += layer == 0
         runtime.predict(layer, scores, source="draft")
 
-    def tell_target(layer: int, scores: torch.Tensor) -> None:
+    def report_target(layer: int, scores: torch.Tensor) -> None:
         runtime.predict(layer, scores, source="target")
 
     for model in (target.model, draft):
         cache_support(model)  # tries the model before its predictions count
     with ExitStack() as hooks:
-        hooks.enter_context(draft_predictions(target, draft, tell_draft, layer_map=layer_map))
+        hooks.enter_context(draft_predictions(target, draft, report_draft, layer_map=layer_map))
         if last_row == "target":
             hooks.enter_context(
-                target_predictions(target, tell_target, first_row=lambda: drafted_rows)
+                target_predictions(target, report_target, first_row=lambda: drafted_rows)
             )
         for done, prompt in enumerate(prompts):
             report("decoding", done, len(prompts))

@@ -96,7 +96,7 @@ _AutoModel: Any = AutoModelForCausalLM  # transformers does not type it
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a model's configuration says of its memory. An `ExpertSizes`; bytes in bfloat16.
+    """The memory of a model by its configuration. An `ExpertSizes`; bytes in bfloat16.
 
     Attributes:
         shape: For caches and scratch.

@@ -1,4 +1,4 @@
-"""How well are the target's experts foretold, and from which state? By layer and overall.
+"""How well are the target's experts predicted, and from which state? By layer and overall.
 
     python bench/python/predictor_recall.py --demo=8x
     python bench/python/predictor_recall.py --model MODEL --draft-model DRAFT
@@ -171,7 +171,7 @@ def tables(result: dict[str, Any], note: str) -> Iterator[str]:
         f"{k} of {experts} experts a token; {result['prompts']} prompts, {result['new_tokens']} "
         f"new tokens. At random, recall at k is {k / experts:.3f}."
     )
-    yield f"By token: what the experts of a token are foretold from. {note}".strip()
+    yield f"By token: what the experts of a token are predicted from. {note}".strip()
     yield _table(
         ["predicted from", "recall at k", "at 2k"],
         [
@@ -180,9 +180,9 @@ def tables(result: dict[str, Any], note: str) -> Iterator[str]:
         ],
     )
     yield (
-        f"By verification: what is told of {drafted} drafted tokens from {ours}, against all "
-        f"experts that {drafted + 1} rows need. The draft has read all but the last row; who "
-        f"tells of that one is in the first column. {note}"
+        f"By verification: predictions of {drafted} drafted tokens from {ours}, against all "
+        f"experts that {drafted + 1} rows need. The draft has read all but the last row; the "
+        f"source that predicts that one is in the first column. {note}"
     ).strip()
     shares = ("at_k", "at_2k", "precision")
     yield _table(
@@ -194,7 +194,7 @@ def tables(result: dict[str, Any], note: str) -> Iterator[str]:
     )
     yield (
         f"By layer, from {ours}: by token, where precision is recall at k; by verification, with "
-        f"nobody telling of the last row; by verification, with the draft reading it too. {note}"
+        f"nobody predicting the last row; by verification, with the draft reading it too. {note}"
     ).strip()
     columns = (
         (tokens[ours], shares[:2]),
@@ -224,7 +224,8 @@ def tables(result: dict[str, Any], note: str) -> Iterator[str]:
     yield _buckets("probability", tokens[ours]["calibration"])
     yield (
         "Calibration by verification: scores summed over the drafted tokens, as `horizon` has them "
-        f"at the end of the run. Its weights fade: about the last 200 layers that ran count. {note}"
+        "at the end of the run. Older weights decay: about the last 200 layers that ran count. "
+        f"{note}"
     ).strip()
     yield _buckets("score", verifications["nobody"]["calibration"])
 

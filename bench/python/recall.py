@@ -1,7 +1,7 @@
 """How good predictions of experts are: recall, precision, and whether their scores can be believed.
 
 By token, the k experts predicted for it stand against the k that the target's router chose. By
-verification, what was told of all drafted tokens stands against all that the target's pass needed.
+verification, the predictions of all drafted tokens stand against all experts of the target's pass.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ def of_verifications(stats: Mapping[str, Any]) -> list[Recall]:
 def of_scores(calibration: Iterable[tuple[float, float, float]]) -> list[Bucket]:
     """Return the calibration of joined scores, from `Runtime.calibration`.
 
-    Its weights fade, so that about the last 200 layers that ran count.
+    Older weights decay, so that about the last 200 layers that ran count.
     """
     return [Bucket(*entry) for entry in calibration]
 
 
 @dataclass(slots=True)
 class TokenTally:
-    """What the predictions of one source for one layer came to, token by token.
+    """The results of one source's predictions for one layer, token by token.
 
     Attributes:
         recall: The counts.

@@ -1,4 +1,4 @@
-"""Records what a pair routes, foretells and accepts, for `replay_routing.py` to replay elsewhere.
+"""Records what a pair routes, predicts and accepts, for `replay_routing.py` to replay elsewhere.
 
     python bench/python/record_routing.py --demo=8x --prompts human-eval:40:48 --out routing-8x.json
 
@@ -36,7 +36,7 @@ def main(
     """Decode prompts and write what every verification used, as JSON."""
     path, draft = find_models(**models)
     if draft is None:
-        raise click.UsageError("nothing is foretold without a draft: give --draft-model or --demo")
+        raise click.UsageError("nothing is predicted without a draft: give --draft-model or --demo")
     target = load_target(path, dtype=check_dtype(dtype))
     runtime = target.open_runtime(expert_memory="100%", policy=POLICY)
     recorder = Recorder(runtime, target.experts_per_token)
@@ -74,15 +74,15 @@ class Recorder:
     def __init__(self, runtime: Any, experts_per_token: int) -> None:
         self._k = experts_per_token
         self._chosen: list[list[list[int]]] = []  # [layers, rows, k]
-        self._foretold: list[list[list[int]]] = []  # [rows, layers, k]
+        self._predicted: list[list[list[int]]] = []  # [rows, layers, k]
         self._forward, self._predict = runtime.forward, runtime.predict
         runtime.forward, runtime.predict = self._on_forward, self._on_predict
 
     def take(self, accepted: int) -> dict[str, Any]:
         """Return the iteration that ended, in the layout of `ScriptedIteration`."""
         rows = torch.tensor(self._chosen).transpose(0, 1).tolist()  # [rows, layers, k]
-        taken = {"experts": rows, "by_draft": self._foretold, "accepted": accepted}
-        self._chosen, self._foretold = [], []
+        taken = {"experts": rows, "by_draft": self._predicted, "accepted": accepted}
+        self._chosen, self._predicted = [], []
         return taken
 
     def _on_forward(self, layer: int, x: Any, index: torch.Tensor, weights: Any) -> torch.Tensor:
@@ -93,8 +93,8 @@ class Recorder:
     def _on_predict(self, layer: int, scores: torch.Tensor, *, source: str = "draft") -> None:
         if source == "draft":
             if layer == 0:
-                self._foretold.append([])
-            self._foretold[-1].append(scores.topk(self._k).indices.tolist())
+                self._predicted.append([])
+            self._predicted[-1].append(scores.topk(self._k).indices.tolist())
         self._predict(layer, scores, source=source)
 
 

@@ -26,7 +26,7 @@ class Pace:
     """Work that is not there, slept instead.
 
     Attributes:
-        draft_s: A draft step. Its predictions are told when half of it has passed.
+        draft_s: A draft step. Its predictions are reported when half of it has passed.
         dense_s: What the target does in a layer beside its routed experts.
     """
 
@@ -36,7 +36,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """What activations are: their dtype, and where they are."""
+    """The dtype and the device of activations."""
 
     dtype: torch.dtype
     device: torch.device
@@ -97,7 +97,7 @@ class Replay:
             budget_bytes=plan.budget_bytes,
             break_even=plan.break_even,
         )
-        told = [
+        wanted_layers = [
             plan.uses_prediction(runtime.traits, layer)
             for layer in range(runtime.store.layer_count)
         ]
@@ -106,14 +106,14 @@ class Replay:
         for row in range(iteration.drafted):
             time.sleep(self.pace.draft_s / 2)
             if "draft" in sources:
-                for layer, wanted in enumerate(told):
+                for layer, wanted in enumerate(wanted_layers):
                     if wanted:
                         scores = self._scores(iteration.by_draft[row : row + 1, layer])
                         runtime.predict(layer, scores, source="draft")
             time.sleep(self.pace.draft_s / 2)
         drafted = time.perf_counter()
         first_row = iteration.drafted if "draft" in sources else 0
-        self._verify(iteration, told if "target" in sources else [], first_row)
+        self._verify(iteration, wanted_layers if "target" in sources else [], first_row)
         verified = time.perf_counter()
         runtime.end_iteration(iteration.accepted)
         used = runtime.counters() - before
@@ -131,14 +131,16 @@ class Replay:
         planner.observe(replace(plan, read_last=False), took, used)  # no draft reads anything
         return verified - start
 
-    def _verify(self, iteration: ScriptedIteration, told: Sequence[bool], first_row: int) -> None:
+    def _verify(
+        self, iteration: ScriptedIteration, wanted_layers: Sequence[bool], first_row: int
+    ) -> None:
         rows, layers, k = iteration.experts.shape
         x = self.tensors.ones(rows, self.runtime.store.hidden)
         weights = self.tensors.ones(rows, k) / k
         index = torch.from_numpy(iteration.experts).to(self.tensors.device)
         for layer in range(layers):
             time.sleep(self.pace.dense_s)
-            if layer + 1 < layers and any(told[layer + 1 : layer + 2]):
+            if layer + 1 < layers and any(wanted_layers[layer + 1 : layer + 2]):
                 scores = self._scores(iteration.by_target[first_row:, layer + 1])
                 self.runtime.predict(layer + 1, scores, source="target")
             self.runtime.forward(layer, x, index[:, layer], weights)
@@ -155,8 +157,8 @@ class Replay:
         return join(scores).to(self.tensors.device)
 
 
-def need_everything(runtime: Runtime, tensors: Tensors) -> Counters:
-    """Need every expert once, layer by layer; return how much the counters grew."""
+def access_all(runtime: Runtime, tensors: Tensors) -> Counters:
+    """Access every expert once, layer by layer; return how much the counters grew."""
     store = runtime.store
     x, weights = tensors.ones(store.expert_count, store.hidden), tensors.ones(store.expert_count, 1)
     index = torch.arange(store.expert_count, device=tensors.device)[:, None]

@@ -1,4 +1,4 @@
-"""What a machine needs for experts alone: the costs that a `Replay` plans with."""
+"""Costs of experts alone on a machine, which a `Replay` plans with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from replay import Pace, Tensors, need_everything
+from replay import Pace, Tensors, access_all
 from spmoe import probe
 from spmoe.costs import Costs
 from spmoe.errors import InvalidArgument
@@ -39,8 +39,8 @@ def measure_costs(
             "a model of one layer stays in the slots that the link is measured with: give it two "
             "layers or more"
         )
-    need_everything(runtime, tensors)  # slots and pages are touched
-    used = need_everything(runtime, tensors)
+    access_all(runtime, tensors)  # slots and pages are touched
+    used = access_all(runtime, tensors)
     peak_gbps = used.link_bytes / used.link_busy_s / 1e9
     layer_s = _resident_layer_s(runtime, experts_per_token, rows, tensors)
     sampler = probe.losses(runtime, experts_per_token, _memory_reader(tensors))

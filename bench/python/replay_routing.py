@@ -153,7 +153,7 @@ def fitting_layers(flags: dict[str, Any]) -> int:
         folder = folder.parent
     disk_bytes = shutil.disk_usage(folder).free - (one - layer_bytes)
     ram_bytes = read_memory().usable_bytes or 0  # layers rest in the page cache, or pinned
-    # What is free, and how much of a layer goes there.
+    # Free bytes, and how much of a layer goes there.
     places = [(disk_bytes, 1.0), (ram_bytes, 1.0)]
     device = resolve_device(flags["device"])
     if device.type == "cpu":
@@ -189,9 +189,9 @@ def _checkpoint(config: Any, flags: dict[str, Any], progress: Any) -> Iterator[l
 def _run(
     config: Any, files: Sequence[Path], flags: dict[str, Any], progress: Any
 ) -> dict[str, Any]:
-    told = expert_format(config)
-    store = spmoe.open_store(files, interleaved=told.interleaved)
-    if (store.expert_count, store.hidden, store.inter) != told.shape:
+    experts = expert_format(config)
+    store = spmoe.open_store(files, interleaved=experts.interleaved)
+    if (store.expert_count, store.hidden, store.inter) != experts.shape:
         raise Error(
             f"{files[0].parent} is not of the shape {flags['shape']}: give another --checkpoint, "
             "or none"
@@ -208,9 +208,9 @@ def _run(
             store,
             expert_memory=memory,
             experts_per_token=k,
-            activation=told.activation.name,
-            alpha=told.activation.alpha,
-            limit=told.activation.limit,
+            activation=experts.activation.name,
+            alpha=experts.activation.alpha,
+            limit=experts.activation.limit,
             device=native_name(where),
             pinned_memory=flags["pinned_memory"],
             link_gbps=link_gbps,
@@ -234,7 +234,7 @@ def _run(
             replay = Replay(runtime, experts_per_token=k, costs=costs, pace=pace, tensors=tensors)
             if runtime.traits.replays:
                 runtime.replay_routing(
-                    [need for request in script for each in request for need in each.needs()]
+                    [access for request in script for each in request for access in each.accesses()]
                 )
             replay.run(script[0])
             with runtime.counting() as used:
@@ -266,7 +266,7 @@ def _script(shape: ModelShape, flags: dict[str, Any]) -> tuple[list[Request], st
             f"routing, predictions and acceptance recorded from the pair {recording['pair']} "
             f"({recording['prompts']}, {recording['draft_length']} drafted, "
             f"{accepted / max(1, drafted):.1%} accepted), each of its {recording['experts']} "
-            f"experts a group of the model's; layer before foretells {target_recall:.1%}"
+            f"experts a group of the model's; layer before predicts {target_recall:.1%}"
         )
     first, _, last = flags["kept"].partition(":")
     model = RoutingModel(
@@ -279,7 +279,7 @@ def _script(shape: ModelShape, flags: dict[str, Any]) -> tuple[list[Request], st
     return script, (
         f"a statistical model: {model.kept[0]:.0%} (first layer) to {model.kept[1]:.0%} (last) of "
         f"a token's experts kept from the token before, the rest uniform; {flags['draft_length']} "
-        f"drafted, each accepted with {model.acceptance:.1%}; draft foretells "
+        f"drafted, each accepted with {model.acceptance:.1%}; draft predicts "
         f"{model.draft_recall:.1%}, layer before {target_recall:.1%}"
     )
 

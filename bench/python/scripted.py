@@ -21,15 +21,15 @@ Experts = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ScriptedIteration:
-    """One iteration: what its tokens use, and what is foretold of them.
+    """One iteration: the experts of its tokens, and the predictions of them.
 
     Row 0 is the last token of the text, the rows behind it are drafted. In their experts, place i
-    of a row stands for the router's i-th choice, and what is foretold of it is at the same place.
+    of a row stands for the router's i-th choice, and the prediction of it is at the same place.
 
     Attributes:
         experts: [rows, layers, k].
-        by_draft: [rows - 1, layers, k], what the draft foretells of all rows but the last.
-        by_target: [rows, layers, k], what the layer before foretells.
+        by_draft: [rows - 1, layers, k], predicted by the draft, of all rows but the last.
+        by_target: [rows, layers, k], predicted by the layer before.
         accepted: Drafted tokens that the target accepts.
     """
 
@@ -43,7 +43,7 @@ class ScriptedIteration:
         """Drafted tokens."""
         return len(self.experts) - 1
 
-    def needs(self) -> Iterator[tuple[int, list[int]]]:
+    def accesses(self) -> Iterator[tuple[int, list[int]]]:
         """Yield (layer, experts) of the verification, in order, as `Runtime.replay_routing`."""
         for layer in range(self.experts.shape[1]):
             yield layer, np.unique(self.experts[:, layer]).tolist()
@@ -60,9 +60,9 @@ class RoutingModel:
         kept: Of a token's experts, those that the token before used too, in the first and in the
             last layer; in between on a line. Experts that are not kept are equally likely.
         acceptance: Probability that a drafted token is accepted if those before it are.
-        draft_recall: Of a token's experts, those that the draft foretells; in place of each other
+        draft_recall: Of a token's experts, those that the draft predicts; in place of each other
             one it names one that the token does not use.
-        target_recall: The same for what the layer before foretells.
+        target_recall: The same for the layer before.
     """
 
     kept: tuple[float, float]
@@ -79,7 +79,7 @@ class RoutingModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a model routing needs to know: MoE layers, experts of each, experts a token uses."""
+    """The sizes of a model that routing uses: MoE layers, experts of each, experts of a token."""
 
     layers: int
     experts: int
@@ -124,8 +124,8 @@ def draw(
             request.append(
                 ScriptedIteration(
                     experts,
-                    _foretell(experts[:-1], model.draft_recall, shape, rng),
-                    _foretell(experts, model.target_recall, shape, rng),
+                    _predict(experts[:-1], model.draft_recall, shape, rng),
+                    _predict(experts, model.target_recall, shape, rng),
                     accepted,
                 )
             )
@@ -148,13 +148,14 @@ def map_recording(
     A layer is the recorded one at the same share of the depth. Each recorded expert stands for a
     group of the model's, all about equal. A token takes as many from the groups of its recorded
     experts, in the router's order, as the model's k needs: the members that the token before took,
-    where that used the group too, and otherwise members drawn anew. What the draft foretold in
-    error becomes an expert that the token does not use. Acceptance is the recorded one.
+    where that used the group too, and otherwise members drawn at random. A wrong
+    prediction of the draft becomes an expert that the token does not use. Acceptance is the
+    recorded one.
 
     Args:
         recording: As `bench/python/record_routing.py` writes it.
         shape: Of the model.
-        target_recall: As for `RoutingModel`: what the layer before foretold is not recorded.
+        target_recall: As for `RoutingModel`: predictions of the layer before are not recorded.
         requests: Of the recording, round and round.
         iterations: Of each request, at most; a recorded request may be shorter.
         seed: Of what is drawn.
@@ -176,10 +177,10 @@ def map_recording(
         request: Request = []
         for iteration in recorded[:iterations]:
             chosen = np.array(iteration["experts"])  # [rows, recorded layers, recorded k]
-            foretold = np.array(iteration["by_draft"]).reshape(-1, *chosen.shape[1:])
+            predicted = np.array(iteration["by_draft"]).reshape(-1, *chosen.shape[1:])
             depth = chosen.shape[1]
             experts = np.empty((len(chosen), shape.layers, shape.k), dtype=np.int64)
-            by_draft = np.empty((len(foretold), shape.layers, shape.k), dtype=np.int64)
+            by_draft = np.empty((len(predicted), shape.layers, shape.k), dtype=np.int64)
             members: list[list[dict[int, list[int]]]] = []
             for row in range(len(chosen)):
                 now = []
@@ -188,14 +189,14 @@ def map_recording(
                     last = members[-1][layer] if members else before[layer]
                     now.append(_members(used, last, groups, shape.k, rng))
                     experts[row, layer] = [e for each in now[-1].values() for e in each]
-                    if row < len(foretold):
-                        named = foretold[row, layer * depth // shape.layers].tolist()
+                    if row < len(predicted):
+                        named = predicted[row, layer * depth // shape.layers].tolist()
                         right = [e for g, each in now[-1].items() if g in named for e in each]
                         by_draft[row, layer] = _with_errors(experts[row, layer], right, shape, rng)
                 members.append(now)
             accepted = int(iteration["accepted"])
             before = members[accepted]
-            by_target = _foretell(experts, target_recall, shape, rng)
+            by_target = _predict(experts, target_recall, shape, rng)
             request.append(ScriptedIteration(experts, by_draft, by_target, accepted))
         script.append(request)
     return script
@@ -212,7 +213,7 @@ def _next(before: Experts, kept: float, shape: ModelShape, rng: np.random.Genera
     return np.where(rng.random(shape.k) < kept, before, new)
 
 
-def _foretell(
+def _predict(
     experts: Experts, recall: float, shape: ModelShape, rng: np.random.Generator
 ) -> Experts:
     """Return ``experts`` [rows, layers, k] with a share exchanged for others."""

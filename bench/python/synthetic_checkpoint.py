@@ -191,7 +191,7 @@ def hub_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def expert_format(config: PreTrainedConfig) -> ExpertFormat:
-    """Return what `spmoe.open_store` and `spmoe.Runtime` must be told of the experts."""
+    """Return the format of the experts, for `spmoe.open_store` and `spmoe.Runtime`."""
     with without_experts(config), torch.device("meta"):
         layers = find_layers(_AutoModel.from_config(config, trust_remote_code=False))
     return describe(layers)
@@ -277,8 +277,8 @@ def _cut(pool: torch.Tensor, shape: torch.Size, generator: torch.Generator) -> t
 
 
 def _write_settings(directory: Path, config: PreTrainedConfig) -> None:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(_SPECIAL_TOKENS.values()))

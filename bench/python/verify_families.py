@@ -32,7 +32,7 @@ PROMPTS = [list(b"Once upon a time there was a disk"), list(b"def add(a, b):\n  
 WAYS = {
     "crop": "cut off",
     "restore": "state restored",
-    "restart": "read anew",
+    "restart": "read again",
 }
 
 

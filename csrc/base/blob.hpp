@@ -27,7 +27,7 @@ enum class DType : std::uint8_t { f32, f16, bf16 };
 /// `(up + 1) * gate * sigmoid(alpha * gate)`.
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, clamped_swiglu };
 
-/// What the bytes of one expert mean. A blob is contiguous and unpadded, in the order
+/// The layout of one expert's bytes. A blob is contiguous and unpadded, in the order
 /// gate_up, down, gate_up bias, down bias, each in the checkpoint's own dtype and layout:
 ///
 /// | part         | plain                            | transposed    |

@@ -9,7 +9,7 @@
 
 namespace spmoe {
 
-/// What a span of time went into.
+/// The work of a span of time.
 enum class Lane : std::uint8_t { compute, wait, demand, prefetch };
 
 /// Seconds of the monotonic clock; on Linux the one that Python's time.perf_counter reads.
@@ -20,7 +20,7 @@ enum class Lane : std::uint8_t { compute, wait, demand, prefetch };
   return to_seconds(std::chrono::steady_clock::now());
 }
 
-/// One piece of work. A span that concerns a whole layer has expert 0xFFFF.
+/// One part of the work. A span that concerns a whole layer has expert 0xFFFF.
 struct Span {
   static constexpr std::uint16_t whole_layer = 0xFFFF;
   Lane lane = Lane::compute;
@@ -44,7 +44,7 @@ class TraceRing {
 
   void clear() noexcept { next_ = 0; }
 
-  /// What is kept, oldest first.
+  /// The spans that are kept, oldest first.
   [[nodiscard]] std::vector<Span> spans() const {
     std::vector<Span> kept;
     const std::size_t count = next_ < spans_.size() ? next_ : spans_.size();

@@ -3,10 +3,10 @@
 #include "compute/cuda_ffn_launch.hpp"
 #include "compute/cuda_intrinsics.cuh"
 
-/// Weights and rows in the registers of a warp, as pieces that tensor cores take.
+/// Weights and rows in the registers of a warp, as terms that tensor cores take.
 ///
-/// A number is cut into bfloat16 pieces that sum to it exactly: one for bfloat16, two for float16,
-/// three for float32. Products of pieces are exact in fp32, so that nothing is rounded but the
+/// A number is cut into bfloat16 terms that sum to it exactly: one for bfloat16, two for float16,
+/// three for float32. Products of terms are exact in fp32, so that nothing is rounded but the
 /// sums. Weights must be finite: an infinite one may give NaN.
 namespace spmoe::cuda {
 
@@ -17,13 +17,13 @@ struct Eight {
   Quad data[quads];
 };
 
-/// Pieces that a weight is cut into.
+/// Terms that a weight is cut into.
 template <DType kDtype>
-inline constexpr int weight_pieces = 3;
+inline constexpr int weight_terms = 3;
 template <>
-inline constexpr int weight_pieces<DType::f16> = 2;
+inline constexpr int weight_terms<DType::f16> = 2;
 template <>
-inline constexpr int weight_pieces<DType::bf16> = 1;
+inline constexpr int weight_terms<DType::bf16> = 1;
 
 /// One number at an address of any alignment, as its bits.
 template <DType kDtype>
@@ -80,20 +80,20 @@ __device__ inline Eight<kDtype> load_eight(const std::byte* from, std::uint32_t 
 /// The leading bits of `value`, those that bfloat16 holds.
 __device__ inline float head_of(float value) { return float_of(bits_of(value) & 0xFFFF0000U); }
 
-/// Cuts two finite floats into pieces; each word holds one of both, that of `first` below.
-template <int kPieces>
-__device__ inline void cut_pair(float first, float second, std::uint32_t (&pieces)[kPieces]) {
+/// Cuts two finite floats into terms; each word holds one of both, that of `first` below.
+template <int kTerms>
+__device__ inline void cut_pair(float first, float second, std::uint32_t (&terms)[kTerms]) {
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    pieces[p] = high_halves(bits_of(first), bits_of(second));
+  for (int p = 0; p < kTerms; ++p) {
+    terms[p] = high_halves(bits_of(first), bits_of(second));
     first -= head_of(first);
     second -= head_of(second);
   }
 }
 
-/// The same for floats of any kind: infinity and NaN are their own first piece, and the rest is 0.
-template <int kPieces>
-__device__ inline void cut_any_pair(float first, float second, std::uint32_t (&pieces)[kPieces]) {
+/// The same for floats of any kind: infinity and NaN are their own first term, and the rest is 0.
+template <int kTerms>
+__device__ inline void cut_any_pair(float first, float second, std::uint32_t (&terms)[kTerms]) {
   constexpr std::uint32_t quiet_nan = 0x7FC00000U;
   const auto is_finite = [](float value) { return (bits_of(value) & 0x7F800000U) != 0x7F800000U; };
   const auto whole = [](float value) { return value == value ? value : float_of(quiet_nan); };
@@ -101,22 +101,22 @@ __device__ inline void cut_any_pair(float first, float second, std::uint32_t (&p
   const bool second_finite = is_finite(second);
   const std::uint32_t specials = high_halves(bits_of(first_finite ? 0.0F : whole(first)),
                                              bits_of(second_finite ? 0.0F : whole(second)));
-  cut_pair(first_finite ? first : 0.0F, second_finite ? second : 0.0F, pieces);
-  pieces[0] |= specials;
+  cut_pair(first_finite ? first : 0.0F, second_finite ? second : 0.0F, terms);
+  terms[0] |= specials;
 }
 
-/// Numbers 2 * pair and 2 * pair + 1 of eight, as pieces.
+/// Numbers 2 * pair and 2 * pair + 1 of eight, as terms.
 template <DType kDtype>
 __device__ inline void cut_pair_of(const Eight<kDtype>& eight, int pair,
-                                   std::uint32_t (&pieces)[weight_pieces<kDtype>]) {
+                                   std::uint32_t (&terms)[weight_terms<kDtype>]) {
   if constexpr (kDtype == DType::bf16) {
-    pieces[0] = eight.data[0].words[pair];
+    terms[0] = eight.data[0].words[pair];
   } else if constexpr (kDtype == DType::f16) {
     const std::uint32_t word = eight.data[0].words[pair];
-    cut_pair(f16_to_float(word & 0xFFFFU), f16_to_float(word >> 16), pieces);
+    cut_pair(f16_to_float(word & 0xFFFFU), f16_to_float(word >> 16), terms);
   } else {
     const Quad& quad = eight.data[pair / 2];
-    cut_pair(float_of(quad.words[pair % 2 * 2]), float_of(quad.words[pair % 2 * 2 + 1]), pieces);
+    cut_pair(float_of(quad.words[pair % 2 * 2]), float_of(quad.words[pair % 2 * 2 + 1]), terms);
   }
 }
 
@@ -188,19 +188,19 @@ struct WarpWeights {
     }
   }
 
-  /// The matrix that `multiply_add` takes, a piece at a time, of one half of a step.
+  /// The matrix that `multiply_add` takes, a term at a time, of one half of a step.
   __device__ void fragment(int step, int half, int output_tile,
-                           std::uint32_t (&a)[weight_pieces<kDtype>][4]) const {
-    constexpr int pieces = weight_pieces<kDtype>;
+                           std::uint32_t (&a)[weight_terms<kDtype>][4]) const {
+    constexpr int terms = weight_terms<kDtype>;
     if constexpr (kTransposed) {
 #pragma unroll
       for (int columns = 0; columns < 2; ++columns) {
-        std::uint32_t even[pieces];
-        std::uint32_t odd[pieces];
+        std::uint32_t even[terms];
+        std::uint32_t odd[terms];
         cut_pair_of<kDtype>(data[half * 4 + columns * 2], output_tile, even);
         cut_pair_of<kDtype>(data[half * 4 + columns * 2 + 1], output_tile, odd);
 #pragma unroll
-        for (int p = 0; p < pieces; ++p) {
+        for (int p = 0; p < terms; ++p) {
           a[p][columns * 2] = low_halves(even[p], odd[p]);
           a[p][columns * 2 + 1] = high_halves(even[p], odd[p]);
         }
@@ -208,10 +208,10 @@ struct WarpWeights {
     } else {
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        std::uint32_t pair[pieces];
+        std::uint32_t pair[terms];
         cut_pair_of<kDtype>(data[step * 2 + word % 2], half * 2 + word / 2, pair);
 #pragma unroll
-        for (int p = 0; p < pieces; ++p) a[p][word] = pair[p];
+        for (int p = 0; p < terms; ++p) a[p][word] = pair[p];
       }
     }
   }

@@ -35,15 +35,15 @@ __device__ inline const std::byte* row_of(const ProductLaunch& args, const RowGr
   return static_cast<const std::byte*>(args.x) + std::size_t{index} * args.product.inputs * size;
 }
 
-template <DType kDtype, int kPieces>
+template <DType kDtype, int kTerms>
 __device__ inline void cut_eight(const ProductLaunch& args, const std::byte* from,
-                                 std::uint32_t count, Quad (&pieces)[kPieces]) {
+                                 std::uint32_t count, Quad (&terms)[kTerms]) {
   const Eight<kDtype> eight = args.aligned_x ? load_eight<kDtype, true>(from, count)
                                              : load_eight<kDtype, false>(from, count);
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
-    std::uint32_t cut[kPieces];
-    if constexpr (kPieces == 1) {
+    std::uint32_t cut[kTerms];
+    if constexpr (kTerms == 1) {
       cut[0] = eight.data[0].words[pair];
     } else if constexpr (kDtype == DType::f32) {
       const Quad& quad = eight.data[pair / 2];
@@ -57,29 +57,29 @@ __device__ inline void cut_eight(const ProductLaunch& args, const std::byte* fro
       }
     }
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p) pieces[p].words[pair] = cut[p];
+    for (int p = 0; p < kTerms; ++p) terms[p].words[pair] = cut[p];
   }
 }
 
-/// Eight inputs of a row, from `input` on, as pieces; zeros past the last and for no row.
-template <int kPieces>
+/// Eight inputs of a row, from `input` on, as terms; zeros past the last and for no row.
+template <int kTerms>
 __device__ inline void cut_inputs(const ProductLaunch& args, const RowGroup& group,
-                                  std::uint32_t row, std::uint32_t input, Quad (&pieces)[kPieces]) {
+                                  std::uint32_t row, std::uint32_t input, Quad (&terms)[kTerms]) {
   const bool exists = row < group.row_count && input < args.product.inputs;
   const std::uint32_t count = exists ? at_most_eight(args.product.inputs - input) : 0;
   const std::byte* from = row_of(args, group, exists ? row : 0);
-  if constexpr (kPieces == 1) {
-    cut_eight<DType::bf16>(args, from + std::size_t{input} * 2, count, pieces);
+  if constexpr (kTerms == 1) {
+    cut_eight<DType::bf16>(args, from + std::size_t{input} * 2, count, terms);
   } else {
     switch (args.x_dtype) {
       case DType::f32:
-        cut_eight<DType::f32>(args, from + std::size_t{input} * 4, count, pieces);
+        cut_eight<DType::f32>(args, from + std::size_t{input} * 4, count, terms);
         break;
       case DType::f16:
-        cut_eight<DType::f16>(args, from + std::size_t{input} * 2, count, pieces);
+        cut_eight<DType::f16>(args, from + std::size_t{input} * 2, count, terms);
         break;
       case DType::bf16:
-        cut_eight<DType::bf16>(args, from + std::size_t{input} * 2, count, pieces);
+        cut_eight<DType::bf16>(args, from + std::size_t{input} * 2, count, terms);
         break;
     }
   }
@@ -141,20 +141,19 @@ constexpr unsigned resident_blocks() {
 /// into `partial`; the last of a tile's blocks to end joins them.
 ///
 /// A lane asks for all its weights of a chunk before it does anything else, 32 KiB a block in
-/// bfloat16; while they come, the rows are cut into pieces and laid out in shared memory the way
+/// bfloat16; while they come, the rows are cut into terms and laid out in shared memory the way
 /// the lanes take them. Other blocks of the processor keep the memory busy meanwhile.
-template <DType kDtype, bool kTransposed, int kRowTiles, int kPieces>
+template <DType kDtype, bool kTransposed, int kRowTiles, int kTerms>
 __global__ void __launch_bounds__(block_threads,
                                   (resident_blocks<kDtype, kTransposed, kRowTiles>()))
     multiply_rows(const __grid_constant__ ProductLaunch args) {
   using Weights = WarpWeights<kDtype, kTransposed>;
-  constexpr int wpieces = weight_pieces<kDtype>;
+  constexpr int wterms = weight_terms<kDtype>;
   constexpr int steps_a_chunk = chunk_inputs / 32;
   constexpr int row_stride = tile_outputs + 4;  // apart in the banks
-  constexpr int piece_quads = kRowTiles * steps_a_chunk * 32;
+  constexpr int term_quads = kRowTiles * steps_a_chunk * 32;
   constexpr int sum_floats = Weights::input_parts * static_cast<int>(tile_rows) * row_stride;
-  constexpr int quads =
-      kPieces * piece_quads > sum_floats / 4 ? kPieces * piece_quads : sum_floats / 4;
+  constexpr int quads = kTerms * term_quads > sum_floats / 4 ? kTerms * term_quads : sum_floats / 4;
   __shared__ Quad shared[quads];
 
   const Product& product = args.product;
@@ -185,11 +184,11 @@ __global__ void __launch_bounds__(block_threads,
           static_cast<std::uint32_t>(n) * tile_rows + static_cast<std::uint32_t>(lane) / 4;
       const std::uint32_t input = chunk * chunk_inputs + static_cast<std::uint32_t>(warp) * 32 +
                                   static_cast<std::uint32_t>(lane) % 4 * 8;
-      Quad pieces[kPieces];
-      cut_inputs(args, group, row, input, pieces);
+      Quad terms[kTerms];
+      cut_inputs(args, group, row, input, terms);
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        shared[p * piece_quads + (n * steps_a_chunk + warp) * 32 + lane] = pieces[p];
+      for (int p = 0; p < kTerms; ++p) {
+        shared[p * term_quads + (n * steps_a_chunk + warp) * 32 + lane] = terms[p];
       }
     }
     sync_block();
@@ -198,23 +197,23 @@ __global__ void __launch_bounds__(block_threads,
     for (int m = 0; m < Weights::output_tiles; ++m) {
 #pragma unroll
       for (int step = 0; step < Weights::steps; ++step) {
-        std::uint32_t a[2][wpieces][4];
+        std::uint32_t a[2][wterms][4];
         weights.fragment(step, 0, m, a[0]);
         weights.fragment(step, 1, m, a[1]);
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
           if (n >= row_tiles) break;
           // Tensor cores cut off what they do not keep. So their sums are kept short, the small
-          // pieces have one of their own, and the long sums are rounded.
+          // terms have one of their own, and the long sums are rounded.
           float heads[4] = {};
           float rests[4] = {};
 #pragma unroll
-          for (int p = 0; p < kPieces; ++p) {
+          for (int p = 0; p < kTerms; ++p) {
             const Quad b =
-                shared[p * piece_quads +
+                shared[p * term_quads +
                        (n * steps_a_chunk + Weights::first_step(warp) + step) * 32 + lane];
 #pragma unroll
-            for (int q = 0; q < wpieces; ++q) {
+            for (int q = 0; q < wterms; ++q) {
               if (p + q > 3) continue;  // below what fp32 keeps
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(block_threads,
           }
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            total[m][n][c] += kPieces * wpieces == 1 ? heads[c] : heads[c] + rests[c];
+            total[m][n][c] += kTerms * wterms == 1 ? heads[c] : heads[c] + rests[c];
           }
         }
       }

@@ -6,7 +6,7 @@
 #include "base/blob.hpp"
 #include "compute/expert_ffn.hpp"
 
-/// What one launch of the product kernel is told: plain numbers, passed by value.
+/// The arguments of one launch of the product kernel: plain numbers, passed by value.
 namespace spmoe::cuda {
 
 /// A block computes `tile_outputs` outputs, `chunk_inputs` inputs at a time.

@@ -8,8 +8,8 @@
 
 #include "device/cuda_handle.hpp"
 
-/// What the kernels ask of the processor beyond C++. The tests put a file of the same name before
-/// this one, whose functions run on the host, and so compile the kernels' own source.
+/// Operations of the processor beyond C++ that the kernels use. The tests put a file of the same
+/// name before this one, whose functions run on the host, and so compile the kernels' own source.
 namespace spmoe::cuda {
 
 /// Sixteen bytes, moved by one instruction.
@@ -26,7 +26,8 @@ __device__ inline Quad load_streaming(const void* from) {
   return quad;
 }
 
-/// What other blocks of the same launch wrote: from L2, since L1 may hold what was there before.
+/// A value that other blocks of the same launch wrote: from L2, since L1 may hold what was there
+/// before.
 __device__ inline float load_shared_by_blocks(const float* from) { return __ldcg(from); }
 
 /// d += a . b, of a warp: `a` is 16 x 16 and `b` 16 x 8, both bfloat16, `d` is 16 x 8 fp32.

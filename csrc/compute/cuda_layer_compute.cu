@@ -64,10 +64,10 @@ class CudaLayerCompute final : public LayerCompute {
         expert_out_{device} {
     const cuda::CurrentDevice current{device_};
     last_use_ = cuda::make_event(/*blocking=*/true);
-    cudaStream_t stream = nullptr;  // the legacy one; what follows waits for the mark
+    cudaStream_t stream = nullptr;  // the legacy one; later work waits for the event
     std::byte* scratch = scratch_.reserve(ffn_.scratch_bytes(), stream);
     SPMOE_CUDA_TRY(cudaMemsetAsync(scratch, 0, ffn_.scratch_bytes(), stream));
-    mark();
+    record_use();
   }
   CudaLayerCompute(const CudaLayerCompute&) = delete;
   CudaLayerCompute& operator=(const CudaLayerCompute&) = delete;
@@ -83,7 +83,7 @@ class CudaLayerCompute final : public LayerCompute {
     args_ = args;
     const std::size_t floats = std::size_t{args.tokens} * args.k * hidden_;
     rows_ = reinterpret_cast<float*>(expert_out_.reserve(floats * sizeof(float), stream_of(args)));
-    mark();  // the layer may be given up at any time, and the memory is of this stream now
+    record_use();  // the layer may be given up at any time, and the memory is of this stream now
   }
 
   void run(std::span<const ExpertTask> tasks) override {
@@ -94,20 +94,20 @@ class CudaLayerCompute final : public LayerCompute {
       static_cast<void>(cudaEventRecord(last_use_.get(), stream_of(args_)));
       throw;
     }
-    mark();
+    record_use();
   }
 
   void end() override {
     const cuda::CurrentDevice current{device_};
     ffn_.combine(args_, rows_);
-    mark();
+    record_use();
   }
 
  private:
   static cudaStream_t stream_of(const LayerArgs& args) {
     return reinterpret_cast<cudaStream_t>(args.consumer);
   }
-  void mark() { SPMOE_CUDA_TRY(cudaEventRecord(last_use_.get(), stream_of(args_))); }
+  void record_use() { SPMOE_CUDA_TRY(cudaEventRecord(last_use_.get(), stream_of(args_))); }
 
   const std::size_t hidden_;
   const int device_;

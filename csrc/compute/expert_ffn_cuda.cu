@@ -31,19 +31,19 @@ bool is_aligned(const void* address) {
 
 using Kernel = void (*)(ProductLaunch);
 
-template <DType kDtype, bool kTransposed, int kPieces>
+template <DType kDtype, bool kTransposed, int kTerms>
 Kernel kernel_for_rows(bool few) {
-  return few ? multiply_rows<kDtype, kTransposed, 1, kPieces>
-             : multiply_rows<kDtype, kTransposed, 4, kPieces>;
+  return few ? multiply_rows<kDtype, kTransposed, 1, kTerms>
+             : multiply_rows<kDtype, kTransposed, 4, kTerms>;
 }
 
-template <DType kDtype, int kPieces>
+template <DType kDtype, int kTerms>
 Kernel kernel_for_layout(bool transposed, bool few) {
-  return transposed ? kernel_for_rows<kDtype, true, kPieces>(few)
-                    : kernel_for_rows<kDtype, false, kPieces>(few);
+  return transposed ? kernel_for_rows<kDtype, true, kTerms>(few)
+                    : kernel_for_rows<kDtype, false, kTerms>(few);
 }
 
-/// Of bfloat16 rows one piece is all there is; it is told apart where bfloat16 models need it.
+/// A bfloat16 row is one term; it has kernels of its own where bfloat16 models need them.
 Kernel kernel_for(const BlobFormat& format, DType x_dtype, bool few) {
   switch (format.dtype) {
     case DType::f32: return kernel_for_layout<DType::f32, 3>(format.transposed, few);

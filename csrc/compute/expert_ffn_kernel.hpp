@@ -85,7 +85,7 @@ void accumulate(typename V::Vec (&sums)[kRows][kOuts], const Weight& weight,
 }
 
 /// Bytes to fetch ahead of each weight row of a tile. Where rows are short that is the next tile's
-/// row, since the processor's own prefetcher starts anew with each.
+/// row, since the processor's own prefetcher starts again with each.
 template <class V>
 constexpr std::size_t prefetch_distance(std::size_t row_bytes, std::size_t outs) noexcept {
   return row_bytes > 4096 ? 1024 : outs * row_bytes;

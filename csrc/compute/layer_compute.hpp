@@ -10,8 +10,8 @@
 
 namespace spmoe {
 
-/// What a MoE layer reads and writes, contiguous, owned by the caller. Addresses are of the
-/// memory of the device that computes.
+/// The tensors that a MoE layer reads and writes, contiguous, owned by the caller. Addresses are of
+/// the memory of the device that computes.
 struct LayerArgs {
   std::uint32_t tokens = 0;
   std::uint32_t k = 0;      ///< experts that the router chooses for each token
@@ -34,7 +34,7 @@ class LayerCompute {
   /// As `ExpertFfn::name`.
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;
 
-  /// Takes `x` in. What `args` points to must live, unchanged, until `end` has run.
+  /// Takes `x` in. Everything that `args` points to must live, unchanged, until `end` has run.
   virtual void begin(const LayerArgs& args) = 0;
 
   /// Runs the rows of some experts. Row i of a task is token `token_rows[i]`, and output row

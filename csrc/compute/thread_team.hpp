@@ -24,8 +24,8 @@ class ThreadTeam {
   }
 
   /// Calls `body(item, thread)` once for every item in [0, count), each on whichever thread is
-  /// free, `thread` in [0, size()); blocks until all have returned. What the caller wrote before
-  /// is visible to them, and what they write to the caller after. Allocates nothing.
+  /// free, `thread` in [0, size()); blocks until all have returned. Earlier writes of
+  /// the caller are visible to them, and their writes to the caller after. Allocates nothing.
   /// `body` must not throw or call `run`.
   template <class Body>
   void run(std::uint32_t count, const Body& body) noexcept {

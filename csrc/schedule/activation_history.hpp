@@ -10,7 +10,7 @@
 namespace spmoe {
 
 /// Activation matrices of past requests, [layer, expert] counts of rows, and the one most like the
-/// request under way so far. After construction it allocates nothing. One thread.
+/// current request so far. After construction it allocates nothing. One thread.
 ///
 /// Source: MoE-Infinity, arXiv:2401.14361, section 4 (expert activation matrix, cosine distance).
 class ActivationHistory {

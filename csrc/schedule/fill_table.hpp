@@ -15,7 +15,7 @@
 
 namespace spmoe {
 
-/// What is to change about the fill in flight into `slot`.
+/// A change of the fill in flight into `slot`.
 struct FillChange {
   enum class To : std::uint8_t {
     cancelled,  ///< nobody wants it any more: what has not begun need not be moved

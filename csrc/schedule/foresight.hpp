@@ -7,8 +7,9 @@
 
 namespace spmoe {
 
-/// What a scheduler's policies know besides the slots: what is likely, what was, what is to come,
-/// and what the machine allows. Policies refer to it, so it stays where it is. One thread.
+/// Knowledge of a scheduler's policies besides the slots: a forecast of uses, past requests, a
+/// recorded trace, and the limits of the machine. Policies refer to it, so it stays where it is.
+/// One thread.
 class Foresight {
  public:
   explicit Foresight(const SchedulerShape& shape);

@@ -56,8 +56,8 @@ class Horizon final : public PrefetchPolicy {
     return forecast.value(admission.incoming, next_layer_) > victim + swap_gain;
   }
 
-  /// What would be admitted in the place of an expert without value, which is what an empty slot
-  /// holds: the slot is given already, and the rest of the blob costs no more than the whole.
+  /// A fill that would be admitted in the place of an expert without value, as an empty slot holds
+  /// none: the slot is given already, and the rest of the blob costs no more than the whole.
   bool keeps(ExpertId expert) const override {
     return view_.forecast.probability(expert) >= view_.limits.break_even &&
            view_.forecast.value(expert, next_layer_) > swap_gain;
@@ -86,9 +86,10 @@ class Horizon final : public PrefetchPolicy {
   /// Earliest deadline first, the likelier first within a layer.
   static double order(std::uint16_t layer, float probability) { return layer + 1.0 - probability; }
 
-  /// All layers anew: what arrives before its layer runs, in the order of deadlines; behind it
-  /// what cannot, which is still better begun than not. To make a deadline, the least likely of
-  /// what is due by then stands back (Moore and Hodgson's rule, with values).
+  /// Plans all layers again. Prefetches that arrive before their layer runs come first, in the
+  /// order of deadlines. The others follow: a late prefetch is better than none. To meet a
+  /// deadline, the least likely prefetch due by then is postponed (Moore and Hodgson's rule, with
+  /// values).
   void plan(TransferQueue& queue) {
     queue.cancel_all(FillKind::prefetch);
     planned_.clear();

@@ -15,7 +15,7 @@ class Oracle final : public PrefetchPolicy {
   }
   void on_end_iteration(TransferQueue& queue) override { plan(queue); }
 
-  /// What is planned: used again within a pass over the layers.
+  /// Experts that are planned: those used again within a pass over the layers.
   bool keeps(ExpertId expert) const override {
     return view_.trace.next_use(expert) < view_.shape.layer_count;
   }

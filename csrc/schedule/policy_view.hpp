@@ -23,7 +23,7 @@ struct PrefetchLimits {
   float break_even = 0.5F;
 };
 
-/// What policies look at; all of it outlives them.
+/// The view that policies have; all of it outlives them.
 struct PolicyView {
   const SchedulerShape& shape;
   const SlotTable& slots;

@@ -24,9 +24,9 @@ void PredictionStats::predict(std::uint16_t layer, std::span<const float> scores
   append_critical(scores, top + k, ranked_);
   const std::span critical = row(critical_, layer);
   for (std::size_t rank = 0; rank < ranked_.size(); ++rank) {
-    std::uint8_t& mark = critical[ranked_[rank]];
-    if (rank < top) mark = 1;
-    if (mark == 0) mark = 2;
+    std::uint8_t& level = critical[ranked_[rank]];
+    if (rank < top) level = 1;
+    if (level == 0) level = 2;
   }
 }
 

@@ -14,7 +14,7 @@ namespace spmoe {
 /// Which model's state a prediction was made from.
 enum class PredictionSource : std::uint8_t { draft, target };
 
-/// What a router of the target is expected to choose for one or more tokens.
+/// The expected choice of a router of the target for one or more tokens.
 struct Prediction {
   std::uint16_t layer;
   PredictionSource source;
@@ -29,7 +29,7 @@ struct Admission {
 
 /// Turns predictions into prefetches, which it keeps in the transfer queue. The scheduler calls
 /// it, updates the forecast before it does, and leaves out of service what is resident already.
-/// When a layer is needed, the scheduler cancels its prefetches itself, those under way too
+/// When a layer is needed, the scheduler cancels its prefetches itself, those in flight too
 /// unless the policy keeps them. Implementations need no lock and must not call back.
 class PrefetchPolicy {
  public:
@@ -46,16 +46,16 @@ class PrefetchPolicy {
   /// Whether a prefetch may take its victim's slot. If not, it waits for another chance.
   [[nodiscard]] virtual bool admits(const Admission& /*admission*/) const { return true; }
 
-  /// Whether a prefetch under way is worth finishing although what asked for it is past: its layer
-  /// has run without the expert, or the iteration that predicted it has ended. If not, it is
-  /// cancelled. Asked after `on_need` or `on_end_iteration`.
+  /// Whether a prefetch in flight is worth finishing although its reason is gone: its layer has run
+  /// without the expert, or the iteration that predicted it has ended. If not, it is cancelled.
+  /// Asked after `on_need` or `on_end_iteration`.
   [[nodiscard]] virtual bool keeps(ExpertId /*expert*/) const { return false; }
 };
 
 /// Nothing is prefetched. Source: Mixtral-Offloading, arXiv:2312.17238 (with LRU).
 std::unique_ptr<PrefetchPolicy> make_on_demand(const PolicyView& view);
 
-/// The experts that the target's next gates choose for the state of the layer under way, first
+/// The experts that the target's next gates choose for the state of the running layer, first
 /// come first served. Source: AdapMoE, arXiv:2408.10284, whose code predicts for one token at a
 /// time only; this one does for every row of a verification.
 std::unique_ptr<PrefetchPolicy> make_next_gate(const PolicyView& view);

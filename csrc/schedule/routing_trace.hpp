@@ -30,7 +30,7 @@ class RoutingTrace {
 
   void rewind() noexcept;  ///< back to the start
 
-  /// Needs to come, the one under way not counted.
+  /// Needs to come, the running one not counted.
   [[nodiscard]] std::size_t remaining() const noexcept { return needs_.size() - next_; }
 
   /// The i-th need to come.

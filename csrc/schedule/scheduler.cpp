@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-// What is predicted and needed: leases, and the fills that wait for it.
+// Predictions and needs: leases, and the fills that wait for them.
 namespace spmoe {
 namespace {
 
@@ -158,7 +158,7 @@ void Scheduler::end_iteration() {
   for (std::uint16_t layer = 0; layer < shape_.layer_count; ++layer) {
     fills_->stats(layer).cancelled += fills_->queue().cancel_layer(layer, FillKind::prefetch);
   }
-  // What is still kept is what a prediction asked for whose layer did not run.
+  // Slots that are still kept are those of predictions whose layer did not run.
   for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
     if (!forecast.predicted(fills_->slots()[slot].expert.layer)) fills_->keep_for_pass(slot, false);
   }

@@ -21,9 +21,9 @@ struct Fill {
   FillKind kind;
 };
 
-/// What a fill in flight has come to. All but `issued` end it.
+/// Progress of a fill in flight. All but `issued` end it.
 enum class FillOutcome : std::uint8_t {
-  issued,     ///< compute may be ordered behind it; told at most once
+  issued,     ///< compute may be ordered behind it; reported at most once
   arrived,    ///< whole, even if it was cancelled
   cancelled,  ///< with a part of its bytes; not after `issued`
   failed      ///< with a part of its bytes
@@ -59,8 +59,8 @@ struct ReadyExpert {
 /// A prefetch in flight is cancelled when its layer runs without its expert, or when the iteration
 /// that predicted it ends and its layer has not run, unless the policy keeps it. After a
 /// verification every layer has run, so the second concerns drafts that were never verified. A
-/// cancelled fill still has its slot until its end is told: one that is needed meanwhile is a miss,
-/// demanded anew, and read again unless the first turns out to have arrived whole.
+/// cancelled fill still has its slot until its end is reported: one that is needed meanwhile is a
+/// miss, demanded again, and read again unless the first turns out to have arrived whole.
 class Scheduler {
  public:
   /// @throws InvalidArgument if a policy of that name does not exist.
@@ -70,7 +70,7 @@ class Scheduler {
   /// before ended early, in the middle of an iteration, that iteration ends here.
   void begin_request();
 
-  /// What the router of `layer` is expected to choose for one or more tokens: [expert_count], as
+  /// The expected choice of the router of `layer` for one or more tokens: [expert_count], as
   /// `UseForecast::predict` takes them. Scores for a layer that has run already are ignored.
   void predict(std::uint16_t layer, std::span<const float> scores,
                PredictionSource source = PredictionSource::draft);
@@ -117,7 +117,7 @@ class Scheduler {
   [[nodiscard]] FillTable& fills() noexcept { return *fills_; }
   [[nodiscard]] const FillTable& fills() const noexcept { return *fills_; }
 
-  /// What policies know; a driver sets limits, and routing to replay or to record.
+  /// Knowledge of policies; a driver sets limits, and routing to replay or to record.
   [[nodiscard]] Foresight& foresight() noexcept { return *foresight_; }
   [[nodiscard]] const Foresight& foresight() const noexcept { return *foresight_; }
 
@@ -146,7 +146,7 @@ class Scheduler {
   std::uint16_t layer_ = 0;  // of the running or the last need
   std::uint16_t next_layer_ = 0;  // that will be needed next: what `layer_` needs is leased
   static constexpr std::uint16_t no_layer = 0xFFFF;
-  std::uint16_t ahead_layer_ = no_layer;  // of the prompt under way, being read ahead
+  std::uint16_t ahead_layer_ = no_layer;  // of the running prompt, being read ahead
   std::vector<Want> wants_;               // by expert of `layer_`
   std::vector<ReadyExpert> ready_;
   std::vector<Candidate> candidates_;

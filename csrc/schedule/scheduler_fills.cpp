@@ -58,8 +58,8 @@ std::size_t Scheduler::find_startable(FillKind at_least) {
       queue.erase(i);
       continue;
     }
-    // Until the end of a cancelled fill is told, the expert can neither be read again nor be said
-    // to be here. No prefetch passes a demand that waits for that.
+    // Until the end of a cancelled fill is reported, the expert can neither be read again nor be
+    // said to be here. No prefetch passes a demand that waits for that.
     if (!fills_->ending(entry.expert)) {
       if (fills_->slots().find_empty()) return i;
       if (!std::exchange(looked, true)) victim = find_victim(entry.kind);

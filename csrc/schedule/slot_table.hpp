@@ -41,7 +41,7 @@ struct FillRecord {
 struct Slot {
   SlotState state = SlotState::empty;
   ExpertId expert{};         ///< meaningful unless empty
-  std::uint32_t leases = 0;  ///< uses under way
+  std::uint32_t leases = 0;  ///< uses that have not ended
   FillRecord fill{};         ///< `FillTable` keeps it
 };
 

@@ -12,7 +12,7 @@ constexpr float frequency_step = 0.1F;
 // Weight of the belief that a bucket starts with, in predictions.
 constexpr double prior_weight = 8;
 
-// Older predictions fade by this at each observed layer, so that about the last 200 count.
+// Older predictions decay by this at each observed layer, so that about the last 200 count.
 constexpr double calibration_decay = 0.995;
 
 // A use a pass later is worth so much of one now.
@@ -81,7 +81,7 @@ void UseForecast::observe(std::uint16_t layer, std::span<const std::uint16_t> ex
   }
   float* frequency = frequency_.data() + place({layer, 0});
   if (tokens > shape_.expert_count) {
-    // Nearly every expert has a row in so many tokens: what tells them apart is their share.
+    // Nearly every expert has a row in so many tokens: only their shares differ.
     std::fill_n(frequency, shape_.expert_count, 0.0F);
     for (std::size_t i = 0; i < experts.size(); ++i) {
       const float share = std::min(1.0F, static_cast<float>(rows[i]) / static_cast<float>(tokens));

@@ -29,7 +29,7 @@ class UseForecast {
 
   /// Adds the scores of one or more tokens for `layer` [expert_count]: router probabilities, and 1
   /// more for each token whose router selects the expert; at most 1 where none does. Scores of
-  /// several calls add up. What is not a finite number above 0 counts as 0.
+  /// several calls add up. A score that is not a finite number above 0 counts as 0.
   void predict(std::uint16_t layer, std::span<const float> scores);
 
   /// `layer` ran `experts`, `rows[i]` of its `tokens` rows through `experts[i]`.
@@ -42,11 +42,11 @@ class UseForecast {
   /// Of being used when its layer next runs; in [0, 1].
   [[nodiscard]] float probability(ExpertId expert) const;
 
-  /// What keeping the expert is worth when `current_layer` is about to run: the chance of each use
+  /// The value of keeping the expert when `current_layer` is about to run: the chance of each use
   /// to come, discounted by how many passes away it is; in [0, 1].
   [[nodiscard]] float value(ExpertId expert, std::uint16_t current_layer) const;
 
-  /// Share of the layer's runs, of late, that used the expert.
+  /// Share of the layer's recent runs that used the expert, a moving average.
   [[nodiscard]] float frequency(ExpertId expert) const { return frequency_[place(expert)]; }
 
   /// Whether predictions for the layer's coming run are there.

@@ -12,7 +12,7 @@
 
 namespace spmoe {
 
-/// What a tensor holds of an expert, in the order in which a blob holds it.
+/// The part of an expert that a tensor holds, in the order in which a blob holds it.
 enum class Part : std::uint8_t {
   gate,
   up,
@@ -37,7 +37,7 @@ struct Naming {
   bool fused;                   ///< one tensor holds a part of all experts of a layer
 };
 
-/// What the name of an expert's tensor says: `<stack>layers.<layer>.<any>.<parent>.<suffix>`.
+/// The content of an expert tensor's name: `<stack>layers.<layer>.<any>.<parent>.<suffix>`.
 /// The views are into that name, and into static memory.
 struct ExpertTensorName {
   std::string_view stack;  ///< what precedes "layers": "model." or, for an added head, "mtp."
@@ -71,9 +71,9 @@ class ExpertTensors {
   std::array<PlacedTensor, part_count> placed_{};
 };
 
-/// What the tensors' dtypes and shapes say of a blob. Of fused tensors, the shapes alone tell
-/// plain from transposed: gate_up [E, 2I, H] with down [E, H, I], or gate_up [E, H, 2I] with down
-/// [E, I, H]; both at once would need 2I = H and H = I.
+/// The format of a blob by its tensors' dtypes and shapes. Of fused tensors, the shapes alone
+/// separate plain from transposed: gate_up [E, 2I, H] with down [E, H, I], or gate_up [E, H, 2I]
+/// with down [E, I, H]; both at once would need 2I = H and H = I.
 /// @param tensors complete for `naming` but for biases, all or none of which are there.
 /// @param interleaved of the fused gate_up; separate gate and up are joined one after the other.
 /// @throws CheckpointError if they fit no format.

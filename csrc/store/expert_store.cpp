@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* download = "; download the checkpoint again and pass all of its shards";
 
-/// What all experts of a model have in common.
+/// The format that all experts of a model share.
 struct CommonFormat {
   BlobFormat blob;
   const Naming* naming;

@@ -14,7 +14,7 @@
 
 namespace spmoe {
 
-/// What the caller knows of the experts that tensor names and shapes do not say. They do say
+/// Facts about the experts that tensor names and shapes do not say, from the caller. They do say
 /// whether fused tensors are transposed.
 struct ExpertStoreOptions {
   /// Layer numbers, as in the tensors' names, in the order of MoE layers. Empty: every layer

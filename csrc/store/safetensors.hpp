@@ -39,7 +39,7 @@ struct FileStamp {
 /// @throws CheckpointError, naming `file`, if it cannot be examined or is not a regular file.
 [[nodiscard]] FileStamp stamp_of(const FileHandle& handle, const std::string& file);
 
-/// One tensor as the header of its file tells it.
+/// One tensor as the header of its file describes it.
 struct TensorInfo {
   std::string name;
   std::string dtype;                 ///< as written there: "BF16", "F8_E4M3", ...

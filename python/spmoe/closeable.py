@@ -50,7 +50,7 @@ class _Work:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew: in a forked child, which has none of these threads."""
+        """Start from 0 again: in a forked child, which has none of these threads."""
         self.count = 0
         self.ending = False
         self.changed = threading.Condition()

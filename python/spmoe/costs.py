@@ -1,4 +1,4 @@
-"""What one machine needs for one pair: seconds and bytes, measured."""
+"""Costs of one pair on one machine: seconds and bytes, measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What one machine needs for one pair; measured, never a constant of the code.
+    """Costs of one pair on one machine; measured, never a constant of the code.
 
     Attributes:
         draft_s: One draft step, seconds; 0 without a draft.

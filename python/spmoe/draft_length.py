@@ -41,7 +41,7 @@ class DraftLength:
         self._best = Choice(0, prefetch=False)
 
     def seconds(self, choice: Choice) -> float:
-        """Return the expected seconds of an iteration, without reading a backlog."""
+        """Return the expected seconds of an iteration, without the time to read unread tokens."""
 
         def distance(it: Choice) -> tuple[int, bool]:
             return abs(it.length - choice.length), it.prefetch != choice.prefetch
@@ -59,8 +59,8 @@ class DraftLength:
     ) -> Choice:
         """Return the next iteration's choice.
 
-        A draft takes ``reading_s`` to read its backlog first. Half of the tokens that are ``left``
-        to write share that time, since a text may end early.
+        A draft takes ``reading_s`` to read its unread tokens first. Half of the tokens that are
+        ``left`` to write share that time, since a text may end early.
         """
         share_s = reading_s / max(left / 2, 1.0)
         token_s = {choice: self.seconds_per_token(choice) for choice in choices}

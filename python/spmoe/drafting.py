@@ -103,7 +103,7 @@ class Drafting:
         if self._drafter is not None and max(tokens) >= self._drafter.vocabulary_size:
             self._drafter = None
 
-    def backlog(self, text: Sequence[int]) -> int:
+    def unread(self, text: Sequence[int]) -> int:
         """Return how many tokens its first pass reads beside the one that every pass reads."""
         return 0 if self._drafter is None else len(text) - 1 - self._drafter.length
 

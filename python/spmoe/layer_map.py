@@ -201,7 +201,7 @@ def fit(
         target: Its experts are attached to a runtime.
         draft: A transformers model of the same vocabulary.
         documents: Token ids of each; they are read apart, in chunks of up to 512.
-        progress: Told of each chunk and each layer.
+        progress: Called for each chunk and each layer.
 
     Raises:
         InvalidArgument: There are fewer than two chunks of text.

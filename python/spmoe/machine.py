@@ -1,4 +1,4 @@
-"""What a machine is, read off /proc and /sys. What these do not say is None, never an error."""
+"""A machine, read off /proc and /sys. A value that these do not have is None, never an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-# What spmoe's kernels use, or could: names of /proc/cpuinfo.
+# Features that spmoe's kernels use, or could: names of /proc/cpuinfo.
 FEATURES = ("f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
 
 

@@ -1,4 +1,4 @@
-"""What one request cost, in the words and units of the reports."""
+"""The figures of one request, in the words and units of the reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Metrics:
 
     `ttft_s` is the time to the first token, `tpot_s` the time for each token after it.
     `acceptance` is accepted of drafted tokens. `hit_rate` is hits of all experts needed.
-    `link_busy_s` is time during which any copy waited or was under way; `link_gbps` is what was
+    `link_busy_s` is time during which any copy waited or was in flight; `link_gbps` is what was
     moved over that time, 10^9 bytes a second.
     `pinned_bytes` of experts are in page-locked memory, which was filled at `pinned_gbps`.
     Prefetch bytes used can exceed those moved in a request, if an earlier one moved them.

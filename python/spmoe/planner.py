@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 CutoffRule = Literal["least-wait", "paper"]  # `cutoff_layer`, `paper_cutoff_layer`
 
 PLAIN_FIRST = 3  # iterations of an engine without drafting: they refill what the prompt evicted
-_SMALL_BACKLOG = 2  # tokens: a draft reads so many beside its own in the same time
+_FEW_UNREAD = 2  # tokens: a draft reads so many beside its own in the same time
 _NEWEST = 0.2  # weight of an iteration: some five show a change of the text or the machine
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an iteration does. By default it prefetches nothing.
+    """The plan of an iteration. By default it prefetches nothing.
 
     Attributes:
         choice: Tokens to draft, and whether to prefetch.
@@ -85,14 +85,14 @@ class Planner:
         layer_s = {rows: time * self._layers.value for rows, time in self.profile.layer_s.items()}
         return replace(self.profile, draft_s=self._draft_s.value, layer_s=layer_s)
 
-    def plan(self, lengths: Sequence[int], *, backlog: int = 0, left: float = math.inf) -> Plan:
+    def plan(self, lengths: Sequence[int], *, unread: int = 0, left: float = math.inf) -> Plan:
         """Return the plan of an iteration that may draft as many tokens as one of ``lengths``.
 
-        The draft reads ``backlog`` tokens first, and ``left`` tokens may still be written.
+        The draft reads ``unread`` tokens first, and ``left`` tokens may still be written.
         """
         if 0 in lengths and self.lengths.count < PLAIN_FIRST:
             lengths = (0,)
-        reading_s = backlog * self.profile.draft_token_s if backlog > _SMALL_BACKLOG else 0.0
+        reading_s = unread * self.profile.draft_token_s if unread > _FEW_UNREAD else 0.0
         among = choices(self.profile, self.policy, lengths)
         choice = self.lengths.choose(among, reading_s=reading_s, left=left)
         if not choice.prefetch:
@@ -112,7 +112,7 @@ class Planner:
         """Learn from an iteration, not a prefill, during which counters grew by ``used``."""
         if iteration.rows > MAX_ROWS:
             return
-        reads = iteration.drafted > 0 and iteration.backlog > _SMALL_BACKLOG
+        reads = iteration.drafted > 0 and iteration.unread > _FEW_UNREAD
         reading_s = max(0.0, iteration.pass_s[0] - self._draft_s.value) if reads else 0.0
         if steps := iteration.pass_s[reads:]:
             self._draft_s.add(math.fsum(steps) / len(steps))

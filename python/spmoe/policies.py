@@ -56,7 +56,7 @@ PROBE = "sp-moe"  # without limits it prefetches the top-k of each prediction: t
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What has just happened in a `Runtime`, for a `Policy` to plan by.
+    """The latest event in a `Runtime`, for a `Policy` to plan by.
 
     Attributes:
         kind: "prediction": scores for a layer are known. "access": the target's router has chosen

@@ -38,7 +38,7 @@ class Shape:
 
 
 class Choice(NamedTuple):
-    """What an iteration does.
+    """The draft length of an iteration, and whether it prefetches.
 
     Attributes:
         length: Tokens drafted.

@@ -144,7 +144,7 @@ def losses(
 def rates(runtime: Runtime, experts_per_token: int) -> Iterator[float]:
     """Yield the rate at which the link fills all slots, nothing computed beside, 10^9 bytes/s.
 
-    Arguments as for `losses`. What is resident takes no time: it yields 0 if all are.
+    Arguments as for `losses`. Resident experts take no time: it yields 0 if all are.
     """
     tour = _tour(runtime, experts_per_token)
     while True:
@@ -197,7 +197,7 @@ def _prefetch(
 
 
 def _settle(runtime: Runtime) -> None:
-    """Wait until no copy is under way."""
+    """Wait until no copy is in flight."""
     busy_s = -1.0
     while (now := runtime.stats(by_layer=False))["queue_depth"] or now["link_busy_s"] != busy_s:
         busy_s = now["link_busy_s"]

@@ -37,7 +37,7 @@ _MOST_BYTES = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What a profile holds for. It is stale once one of these differs.
+    """The pair, machine and settings of a profile, which is stale once one of these differs.
 
     Attributes:
         pair: Digest of the configurations and sizes of target and draft.

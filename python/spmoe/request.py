@@ -82,7 +82,7 @@ class Request:
             target,
             drafter,
             tokens,
-            draft_length=lambda backlog, left: self._begin(target, drafter, backlog, left),
+            draft_length=lambda unread, left: self._begin(target, drafter, unread, left),
             max_length=max_length,
             worth_another=worth_another,
             read_last=self._reads_last,
@@ -114,14 +114,14 @@ class Request:
         return self._reread_rows + self._covered_rows if self._covered_rows else 0
 
     def _begin(
-        self, target: CachedModel, drafter: CachedModel | None, backlog: int, left: int
+        self, target: CachedModel, drafter: CachedModel | None, unread: int, left: int
     ) -> int:
         """Return how many tokens the coming iteration drafts; set what it may prefetch."""
         if drafter is not None:
-            self._reread_rows = backlog + drafter.length - target.length
+            self._reread_rows = unread + drafter.length - target.length
         if self._planner is None:
             return self._lengths[0]
-        plan = self._planner.plan(self._lengths, backlog=backlog, left=left)
+        plan = self._planner.plan(self._lengths, unread=unread, left=left)
         if self._cutoff_layer is not None:
             plan = replace(plan, cutoff_layer=self._cutoff_layer)
         self._plan = plan

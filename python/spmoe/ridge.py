@@ -84,8 +84,8 @@ class RidgeFit:
             found = total = 0
             for chunk, state in self._held_out.items():
                 index = chosen[chunk]  # [tokens, k]
-                told = (state @ matrix).topk(index.shape[1], dim=-1).indices
-                found += int((told[:, :, None] == index[:, None, :]).sum())
+                predicted = (state @ matrix).topk(index.shape[1], dim=-1).indices
+                found += int((predicted[:, :, None] == index[:, None, :]).sum())
                 total += index.numel()
             recalls.append(found / total)
         return recalls

@@ -22,7 +22,7 @@ from spmoe.drafting import Drafting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Iteration:
-    """What one iteration wrote.
+    """The result of one iteration.
 
     Attributes:
         tokens: Token ids, at least one; the last was not drafted.
@@ -31,7 +31,7 @@ class Iteration:
         end_s: When it ended, in seconds of `time.perf_counter`.
         drafted: Tokens that the draft proposed.
         probabilities: That the draft gave to each, if it was asked whether another is worth it.
-        backlog: Tokens that the draft's first pass read beside the one that every pass reads.
+        unread: Tokens that the draft's first pass read beside the one that every pass reads.
         pass_s: Seconds of each pass of the draft that proposed a token.
         draft_s: Seconds of drafting, all that it took.
         reread: Tokens that the target read again, because its state could not be rewound less.
@@ -44,7 +44,7 @@ class Iteration:
     end_s: float
     drafted: int = 0
     probabilities: tuple[float, ...] = ()
-    backlog: int = 0
+    unread: int = 0
     pass_s: tuple[float, ...] = ()
     draft_s: float = 0.0
     reread: int = 0
@@ -151,7 +151,7 @@ def decode(
         drafter: Fresh; None decodes plainly.
         prompt: At least one token id.
         draft_length: Tokens drafted an iteration, 0 for none, or a function that is asked before
-            each, with a draft or without, for the draft's backlog and how many tokens the
+            each, with a draft or without, for the draft's unread and how many tokens the
             iteration may write; fewer are drafted where the end is near.
         max_length: Tokens of prompt and text together.
         worth_another: As for `draft`.
@@ -174,8 +174,8 @@ def decode(
         start = time.perf_counter()
         # The token of the target's own takes one of the places that are left.
         most = min(max_length - len(text) - 1, drafting.room(text))
-        backlog = drafting.backlog(text)
-        wanted = draft_length(backlog, most + 1) if callable(draft_length) else draft_length
+        unread = drafting.unread(text)
+        wanted = draft_length(unread, most + 1) if callable(draft_length) else draft_length
         proposed = drafting.propose(text, min(wanted, most))
         drafted = time.perf_counter()
         reread = len(text) - 1 - target.length
@@ -192,7 +192,7 @@ def decode(
             logits=scores,
             drafted=len(proposed.tokens),
             probabilities=tuple(proposed.probabilities),
-            backlog=backlog,
+            unread=unread,
             pass_s=tuple(proposed.pass_s),
             draft_s=drafted - start,
             verify_s=verified - drafted,

@@ -1,4 +1,4 @@
-"""What is seen of models while they run: the states of their layers, and the target's routing."""
+"""Hooks on running models: the states of their layers, and the target's routing."""
 
 from __future__ import annotations
 

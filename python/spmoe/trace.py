@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-# Lane -> row of the picture, top to bottom.
+# Track -> row of the picture, top to bottom.
 _ROWS = ("draft", "verify", "compute", "wait", "link: demand", "link: prefetch")
 _NATIVE = {"demand": "link: demand", "prefetch": "link: prefetch"}
 
@@ -18,7 +18,7 @@ _NATIVE = {"demand": "link: demand", "prefetch": "link: prefetch"}
 class Phase:
     """A draft step or a verification, in seconds of `time.perf_counter`."""
 
-    lane: str  # "draft" or "verify"
+    track: str  # "draft" or "verify"
     name: str
     start_s: float
     end_s: float
@@ -42,10 +42,10 @@ def write_trace(
     ]
     events += [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "spmoe"}}]
     for phase in phases:
-        events.append(_event(phase.lane, phase.name, phase.start_s, phase.end_s))
-    for lane, layer, expert, start_s, end_s, depth in spans:
+        events.append(_event(phase.track, phase.name, phase.start_s, phase.end_s))
+    for track, layer, expert, start_s, end_s, depth in spans:
         name = f"layer {layer}" if expert is None else f"L{layer} expert {expert}"
-        events.append(_event(_NATIVE.get(lane, lane), name, start_s, end_s))
+        events.append(_event(_NATIVE.get(track, track), name, start_s, end_s))
         events.append(
             {
                 "ph": "C",
@@ -58,11 +58,11 @@ def write_trace(
     Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
-def _event(lane: str, name: str, start_s: float, end_s: float) -> dict[str, Any]:
+def _event(track: str, name: str, start_s: float, end_s: float) -> dict[str, Any]:
     return {
         "ph": "X",
         "pid": 1,
-        "tid": _ROWS.index(lane),
+        "tid": _ROWS.index(track),
         "name": name,
         "ts": start_s * 1e6,
         "dur": (end_s - start_s) * 1e6,

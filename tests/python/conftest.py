@@ -53,7 +53,7 @@ def fake_gpu() -> Iterator[Any]:
 
 @pytest.fixture
 def faults() -> Iterator[_core.FaultPlan]:
-    """What goes wrong in the links of the runtimes that the test opens."""
+    """Faults in the links of the runtimes that the test opens."""
     with planted_faults() as plan:
         yield plan
 
@@ -84,7 +84,7 @@ def draft_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command ended with and printed."""
+    """The exit status and the output of a command."""
 
     status: int
     out: str

@@ -1,7 +1,7 @@
 """A device of torch, "fakegpu", whose memory is the host's: to Python code it is a GPU.
 
 Tensors of different devices do not mix, NumPy does not read them, and every operation that copies a
-value to the host is recorded. What spmoe does on "cuda" runs on it where there is no GPU.
+value to the host is recorded. The work of spmoe on "cuda" runs on it where there is no GPU.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class FakeDevice(TorchDispatchMode):
             return func(*args, **kwargs)
         kind = func.overloadpacket
         if kind is aten._has_compatible_shallow_copy_type:
-            return False  # a module that moves gets parameters anew
+            return False  # a module that moves gets new parameters
         if found.theirs and kind not in _COPIES:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "

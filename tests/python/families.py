@@ -270,8 +270,8 @@ def make_dense_draft(path: Path, *, seed: int = 0, **changed: Any) -> Path:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of single bytes; every text goes through it unchanged."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))

@@ -18,7 +18,7 @@ from spmoe import cli
 from spmoe.errors import Error
 from spmoe.runtime import POLICIES
 
-pytestmark = pytest.mark.slow  # each script imports torch anew, and measures
+pytestmark = pytest.mark.slow  # each script imports torch again, and measures
 
 BENCHES = Path(__file__).parents[2] / "bench" / "python"
 
@@ -90,7 +90,7 @@ def test_link_share(target_path: Path, prompts: Path, tmp_path: Path) -> None:
     for column in (1, 2):
         assert sum(int(row[column]) for row in lengths) == int(total[column]) > 0
     counted = float(printed.splitlines()[0].rpartition(" ")[2])
-    assert float(total[3]) == pytest.approx(counted, abs=0.05)  # nothing was withdrawn
+    assert float(total[3]) == pytest.approx(counted, abs=0.05)  # nothing was cancelled
     assert (tmp_path / "out.md").read_text() == printed
     with pytest.raises(subprocess.CalledProcessError):
         run("link_share.py", target_path, *options)
@@ -199,7 +199,7 @@ def test_replay_routing_by_a_recording(target_path: Path, prompts: Path, tmp_pat
     assert printed.startswith(f"{recording}: 2 requests, ")
     recorded = json.loads(recording.read_text())
     first = recorded["requests"][0][0]
-    # The draft is the target: it is always accepted, and foretells all rows but the last.
+    # The draft is the target: it is always accepted, and predicts all rows but the last.
     assert first["accepted"] == 2
     assert [[sorted(k) for k in row] for row in first["by_draft"]] == [
         [sorted(k) for k in row] for row in first["experts"][:-1]

@@ -57,7 +57,7 @@ def test_a_model_of_half_precision_is_held_to_its_own_rounding(dtype: torch.dtyp
     assert (support.rewind, support.several, support.reason) == ("crop", True, "")
 
 
-def test_a_text_forgotten_past_the_first_pass_is_read_anew() -> None:
+def test_a_text_forgotten_past_the_first_pass_is_read_again() -> None:
     reader = cached(build("qwen3_next"))
     expected = reader.read(TEXT)
     reader.rewind(5)

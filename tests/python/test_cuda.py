@@ -45,8 +45,8 @@ def run_layers(
             for layer in range(store.layer_count):
                 scores = torch.rand(rows, store.expert_count, generator=generator)
                 weights, index = scores.topk(k)
-                told = scores.sum(0) + torch.rand(store.expert_count, generator=generator)
-                runtime.predict(layer, told.to(runtime.device))
+                joined = scores.sum(0) + torch.rand(store.expert_count, generator=generator)
+                runtime.predict(layer, joined.to(runtime.device))
                 x = torch.randn(rows, store.hidden, generator=generator)
                 out = runtime.forward(
                     layer,

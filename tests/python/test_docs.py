@@ -17,6 +17,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 import draw_timeline
+from plain_words import BANNED, OPENERS
 from spmoe.costs import Costs
 from spmoe.doctor.link import Link
 from spmoe.doctor.report import Report
@@ -34,24 +35,6 @@ _spec.loader.exec_module(build_docs)
 
 DOCUMENTS = build_docs.documents(ROOT)
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-
-# A word of the house -> the word of the field. Code in backticks keeps the names that it has.
-BANNED = {
-    r"fore(?:tells?|told|telling)": "predict",
-    r"tells?|told|telling": "report",
-    r"letters?": "completion",
-    r"withdraws?|withdrawn|withdrew|withdrawing|withdrawal": "cancel",
-    r"lanes?": "copy engine, stream",
-    r"landed|lands|landing": "arrived",
-    r"fading": "moving average",
-    r"of late": "recent",
-    r"on (?:its|their|the) way": "in flight",
-    r"under way": "in flight, current",
-    r"backlog": "unread tokens",
-    r"anew": "again",
-    r"blazing|seamless(?:ly)?|powerful": "a figure",
-}
-_OPENERS = ("What", "That which", "Those that", "Who")
 
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -112,7 +95,7 @@ def test_no_word_stands_twice(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sentence_opens_with_its_subject(name: str) -> None:
     for sentence in sentences(ROOT / name):
-        opener = next((word for word in _OPENERS if re.match(rf"{word}\b", sentence)), None)
+        opener = next((word for word in OPENERS if re.match(rf"{word}\b", sentence)), None)
         is_heading = f"# {sentence}" in read(ROOT / name)
         assert opener is None or sentence.endswith("?") or is_heading, f"{name}: {sentence}"
 

@@ -56,7 +56,7 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the driver says; torch is built without, save where CUDA is needed."""
+    """Set the driver's answer; torch is built without CUDA, save where it is needed."""
     said = SimpleNamespace(count=0, reason=WITHOUT_CUDA)
     if "needs_cuda" in request.keywords:
         return said
@@ -163,9 +163,9 @@ def test_a_container_that_sees_only_its_own_group_is_read(tree) -> None:
 
 
 @pytest.mark.parametrize("missing", [*SERVER, "everything"])
-def test_what_a_machine_does_not_tell_is_unknown(tree, missing: str) -> None:
-    told = {name: text for name, text in SERVER.items() if missing not in (name, "everything")}
-    report = examine(root=tree({"proc/keep": ""} | told), measure=False)
+def test_what_a_machine_does_not_give_is_unknown(tree, missing: str) -> None:
+    given = {name: text for name, text in SERVER.items() if missing not in (name, "everything")}
+    report = examine(root=tree({"proc/keep": ""} | given), measure=False)
     lines = found(report)
     unknown = {name for name, value in lines.items() if value == "unknown"}
     json.dumps(report.as_dict())
@@ -236,14 +236,14 @@ def test_kernels_without_avx2_have_a_cure(tree, monkeypatch) -> None:
 
 
 def test_the_link_is_measured_by_the_runtime_and_leaves_nothing(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    link = measure_link(tmp_path / "cache", sample=TINY, progress=lambda *step: told.append(step))
+    steps: list[tuple[str, int, int]] = []
+    link = measure_link(tmp_path / "cache", sample=TINY, progress=lambda *step: steps.append(step))
     assert link.file_bytes == TINY.file_bytes == 2 * 3 * 3 * 32 * 32 * 2
     assert link.cached_gbps > 0
     assert link.cold_gbps is None or link.cold_gbps > 0
     assert link.pinned_gbps is None
     assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["doctor", ".lock"]
-    assert ("writing experts to read", 2, 2) in told
+    assert ("writing experts to read", 2, 2) in steps
     assert memcpy_gbps(4096) > 0
     assert chosen_isa() in ("avx512", "avx2", "baseline")
 
@@ -268,7 +268,7 @@ def test_pages_that_stay_are_not_called_cold(tmp_path: Path, monkeypatch) -> Non
     assert measure_link(tmp_path, sample=TINY).cold_gbps is None
 
 
-def test_a_full_disk_is_said_and_the_rest_told_all_the_same(tree, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_is_said_and_the_rest_reported_too(tree, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1024))
     with pytest.raises(Error, match=r"needs 36.0 KiB in .*, but 1.0 KiB are free there; free some"):
         measure_link(tmp_path, sample=TINY)
@@ -296,13 +296,13 @@ def run(monkeypatch, capsys, *arguments: str) -> str:
 
 
 def test_the_verb_prints_one_object_or_a_table_with_cures(monkeypatch, capsys) -> None:
-    told = json.loads(run(monkeypatch, capsys, "--no-link", "--json"))
-    assert told.keys() == {
+    printed_json = json.loads(run(monkeypatch, capsys, "--no-link", "--json"))
+    assert printed_json.keys() == {
         *("processor", "memory", "system", "cuda", "versions", "isa"),
         *("links", "link_failure", "memcpy_gbps", "cures"),
     }
-    assert (told["links"], told["memcpy_gbps"]) == ([], None)
-    assert told["cures"]["CUDA"] == told["cuda"]["reason"] == WITHOUT_CUDA
+    assert (printed_json["links"], printed_json["memcpy_gbps"]) == ([], None)
+    assert printed_json["cures"]["CUDA"] == printed_json["cuda"]["reason"] == WITHOUT_CUDA
     printed = run(monkeypatch, capsys, "--no-link")
     assert "RLIMIT_MEMLOCK" in printed
     assert f"\nCUDA: {WITHOUT_CUDA}\n" in printed

@@ -29,7 +29,7 @@ class Regime:
         acceptance: Probability that a drafted token is accepted if those before it are.
         draft_s: Of a draft step.
         verify_s: Rows -> seconds of a verification.
-        token_s: Of the draft, for each token of a backlog.
+        token_s: Of the draft, for each token of a unread.
     """
 
     acceptance: float
@@ -56,7 +56,7 @@ def uncached(experts: int, k: int, *, copy_s: float) -> Callable[[int], float]:
     return lambda rows: 0.05 + copy_s * experts * (1 - (1 - k / experts) ** rows)
 
 
-# What it is -> the regime and its best length.
+# Description -> the regime and its best length.
 REGIMES: dict[str, tuple[Regime, int]] = {
     "expensive link, good draft": (Regime(0.9, 0.01, lambda rows: 1 + 0.02 * rows), 8),
     "expensive link, poor draft": (Regime(0.5, 0.01, lambda rows: 1 + 0.02 * rows), 4),
@@ -87,7 +87,7 @@ class Simulation:
 
     seed: int
     prior_scale: float = 1.0
-    backlog: int = 0  # of the draft: at first the prompt
+    unread: int = 0  # of the draft: at first the prompt
     chosen: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,13 +106,13 @@ class Simulation:
             self.lengths = DraftLength(prior_s)
         seconds = tokens = 0.0
         for number in range(count):
-            reading_s = self.backlog * regime.token_s
+            reading_s = self.unread * regime.token_s
             length = self.lengths.choose(plain(), reading_s=reading_s, left=count - number).length
             self.learn(self.lengths, regime, length)
             self.chosen.append(length)
             seconds += regime.seconds(length) + (reading_s if length else 0.0)
             tokens += regime.tokens(length)
-            self.backlog = 0 if length else self.backlog + 1
+            self.unread = 0 if length else self.unread + 1
         return seconds / tokens
 
     def learn(self, lengths: DraftLength, regime: Regime, length: int) -> None:
@@ -197,7 +197,7 @@ class TestChange:
         return mean(found) / after.seconds_per_token(after.best)
 
 
-class TestBacklog:
+class TestUnreadTokens:
     """The time to read what the draft has not read is part of the price."""
 
     PAYS = Regime(0.9, 0.02, lambda rows: 0.3 + 0.05 * rows, token_s=0.02)
@@ -214,13 +214,13 @@ class TestBacklog:
     def test_an_exploration_that_has_to_read_a_long_prompt_waits(self) -> None:
         assert self.FAST.best == 0
         for seed in SEEDS:
-            simulation = Simulation(seed, backlog=200)  # four seconds to read
+            simulation = Simulation(seed, unread=200)  # four seconds to read
             simulation.run(self.FAST, 128)
             assert set(simulation.chosen) == {0}, seed
 
     def test_where_drafts_pay_they_begin_at_once(self) -> None:
         for seed in SEEDS:
-            simulation = Simulation(seed, backlog=50)
+            simulation = Simulation(seed, unread=50)
             simulation.run(self.PAYS, 100)
             assert simulation.chosen[0] > 0, seed
 

@@ -125,10 +125,10 @@ class TestRequests:
         assert stats.hits + stats.late + stats.misses > 0
         assert engine.stats()["request"] == stats.as_dict()
 
-    def test_pieces_of_a_stream_make_up_the_text(self, engine: spmoe.Engine) -> None:
-        pieces = list(engine.stream(PROMPT, max_new_tokens=NEW_TOKENS))
-        assert len(pieces) > 1
-        assert "".join(pieces) == engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text
+    def test_chunks_of_a_stream_make_up_the_text(self, engine: spmoe.Engine) -> None:
+        chunks = list(engine.stream(PROMPT, max_new_tokens=NEW_TOKENS))
+        assert len(chunks) > 1
+        assert "".join(chunks) == engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text
 
     def test_token_ids_and_text_are_the_same_prompt(
         self, engine: spmoe.Engine, expected: list[int]
@@ -180,8 +180,8 @@ class TestRequests:
             result = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS, stop=stops)
             assert result.text == whole[: whole.index(stop)]
             assert result.finish_reason == "stop"
-            pieces = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS, stop=stops)
-            assert "".join(pieces) == result.text
+            chunks = engine.stream(PROMPT, max_new_tokens=NEW_TOKENS, stop=stops)
+            assert "".join(chunks) == result.text
 
     def test_a_stream_that_is_dropped_leaves_the_engine_usable(
         self, engine: spmoe.Engine, expected: list[int]
@@ -325,18 +325,18 @@ class TestLoad:
             spmoe.load(target_path, device="tpu")
 
     def test_pinned_experts_change_no_token(self, target_path: Path) -> None:
-        told: list[tuple[str, int, int]] = []
+        steps: list[tuple[str, int, int]] = []
         with spmoe.load(target_path) as plain:
             text = plain.generate("Once", max_new_tokens=8).token_ids
         with spmoe.load(
-            target_path, pinned_memory="50%", progress=lambda *step: told.append(step)
+            target_path, pinned_memory="50%", progress=lambda *step: steps.append(step)
         ) as engine:
             assert engine.generate("Once", max_new_tokens=8).token_ids == text
             stats = engine.runtime.stats()
             total = engine.runtime.store.total_bytes
         assert 0 < stats["pinned_bytes"] <= total / 2
         assert stats["pinned_fill_s"] > 0
-        assert any(description.startswith("filling page-locked") for description, *_ in told)
+        assert any(description.startswith("filling page-locked") for description, *_ in steps)
 
     def test_a_dtype_that_does_not_exist_is_refused(self, target_path: Path) -> None:
         with pytest.raises(spmoe.InvalidArgument, match='dtype "int8" is not'):

@@ -253,7 +253,7 @@ class TestFailures:
         assert "of experts are in page-locked memory; the others come from" in caplog.text
 
     @pytest.mark.parametrize("nth", [1, 5])
-    def test_a_copy_that_fails_on_its_way_fails_one_request(
+    def test_a_copy_that_fails_in_flight_fails_one_request(
         self, fake_gpu: Any, target_path: Path, alone: list[int], nth: int
     ) -> None:
         with load(target_path, policy="on-demand") as engine:

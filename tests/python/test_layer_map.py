@@ -103,15 +103,15 @@ def narrower_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recall(target: TargetModel, draft: Any, fitted: LayerMap, text: list[int]) -> list[float]:
-    """Read token by token; by layer, the share of the runtime's own record that was foretold."""
+    """Read token by token; by layer, the share of the runtime's own record that was predicted."""
     target_reader, draft_reader = cached(target.model), cached(draft)
     runtime: Runtime = target.moe_layers[0].experts._spmoe_place[0]
     hits = [0] * len(target.moe_layers)
     for token in text:
-        told: dict[int, set[int]] = {}
+        predicted: dict[int, set[int]] = {}
 
-        def keep(layer: int, scores: torch.Tensor, told: dict[int, set[int]] = told) -> None:
-            told[layer] = set((scores > 1).nonzero().flatten().tolist())
+        def keep(layer: int, scores: torch.Tensor, into: dict[int, set[int]] = predicted) -> None:
+            into[layer] = set((scores > 1).nonzero().flatten().tolist())
 
         with predictor.draft_predictions(target, draft, keep, layer_map=fitted):
             draft_reader.read([token])
@@ -119,12 +119,12 @@ def recall(target: TargetModel, draft: Any, fitted: LayerMap, text: list[int]) -
         target_reader.read([token])
         runtime.record_routing(False)
         for layer, experts in runtime.recorded_routing():
-            hits[layer] += len(told[layer] & set(experts))
+            hits[layer] += len(predicted[layer] & set(experts))
     return [count / (len(text) * target.experts_per_token) for count in hits]
 
 
 class TestFit:
-    def test_layers_that_the_draft_shares_are_foretold(self, shorter: Case) -> None:
+    def test_layers_that_the_draft_shares_are_predicted(self, shorter: Case) -> None:
         """The third is only near; by chance three of eight experts are right three times in 8."""
         assert shorter.fitted.draft_layers == (0, 1, 1)
         found = recall(shorter.target, shorter.draft, shorter.fitted, random_text(2)[0])
@@ -206,7 +206,7 @@ class TestFit:
         (3, 2, (0, 1, 1)),
     ],
 )
-def test_a_layer_is_told_by_the_nearest_of_the_draft(
+def test_a_layer_is_predicted_by_the_nearest_of_the_draft(
     ours: int, theirs: int, expected: tuple[int, ...]
 ) -> None:
     def model(depth: int) -> Any:
@@ -298,11 +298,11 @@ class TestPrediction:
         ):
             pass
 
-    def test_of_several_tokens_only_the_last_is_told(self, shorter: Case) -> None:
-        told: list[tuple[int, torch.Tensor]] = []
+    def test_of_several_tokens_only_the_last_is_reported(self, shorter: Case) -> None:
+        predicted: list[tuple[int, torch.Tensor]] = []
 
         def keep(layer: int, scores: torch.Tensor) -> None:
-            told.append((layer, scores))
+            predicted.append((layer, scores))
 
         with predictor.draft_predictions(
             shorter.target, shorter.draft, keep, layer_map=shorter.fitted
@@ -311,8 +311,8 @@ class TestPrediction:
             reader = cached(shorter.draft)
             for token in PROMPT:
                 reader.read([token])
-        assert [layer for layer, _ in told[:3]] == [0, 1, 2]
-        for (_, at_once), (_, one_by_one) in zip(told[:3], told[-3:], strict=True):
+        assert [layer for layer, _ in predicted[:3]] == [0, 1, 2]
+        for (_, at_once), (_, one_by_one) in zip(predicted[:3], predicted[-3:], strict=True):
             torch.testing.assert_close(at_once, one_by_one)
 
 

@@ -1,4 +1,4 @@
-"""Who may include and import whom: the layers of docs/design.md, read off the source."""
+"""Includes and imports keep to the layers of docs/design.md, read off the source."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Not for type checkers either: a circle of names is one file in several pieces."""
+    """Not for type checkers either: a circle of names is one file in several parts."""
     package = ROOT / "python"
     modules = {
         ".".join(file.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): file

@@ -34,9 +34,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def say(host: int, device: int | None = None) -> None:
         memory = expert_memory.read_memory()
-        told = type(memory)(**{**_fields(memory), "usable_bytes": host})
-        monkeypatch.setattr(expert_memory, "read_memory", lambda: told)
-        monkeypatch.setattr(pinned, "read_memory", lambda: told)
+        changed = type(memory)(**{**_fields(memory), "usable_bytes": host})
+        monkeypatch.setattr(expert_memory, "read_memory", lambda: changed)
+        monkeypatch.setattr(pinned, "read_memory", lambda: changed)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (device, 80 * GIB))
 
     return say
@@ -302,7 +302,7 @@ class TestPlan:
             "512.0 MiB, caches 1.5 GiB at 4096 tokens, scratch 2.0 GiB, reserve 1.0 GiB"
         )
 
-    def test_a_machine_without_room_for_a_token_is_told_what_to_lower(
+    def test_a_machine_without_room_for_a_token_is_given_what_to_lower(
         self, target: Any, free: Any
     ) -> None:
         free(host=GIB // 2)

@@ -14,7 +14,7 @@ import spmoe
 
 
 def run(program: str, **environment: str) -> str:
-    """What a program prints in an interpreter of its own."""
+    """Return the output of a program in an interpreter of its own."""
     found = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | environment,

@@ -1,4 +1,4 @@
-"""What an iteration may prefetch, and what iterations teach."""
+"""The plan of an iteration, and the lessons of past ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Iteration:
     accepted: int = 2
     pass_s: Sequence[float] = (0.020,) * 4
     verify_s: float = 0.100
-    backlog: int = 0
+    unread: int = 0
     probabilities: Sequence[float] = ()
     reread: int = 0
 
@@ -153,7 +153,7 @@ class TestCosts:
         for _ in range(60):
             observe(it, Iteration(pass_s=(0.010,) * 4), grown(), read_last=False)
         assert it.costs.draft_s == pytest.approx(0.010, rel=1e-3)
-        long = Iteration(drafted=2, pass_s=(5.0, 0.010), backlog=100)
+        long = Iteration(drafted=2, pass_s=(5.0, 0.010), unread=100)
         observe(it, long, grown(), read_last=False)
         assert it.costs.draft_s == pytest.approx(0.010, rel=1e-3)  # reading a prompt is no step
 
@@ -190,14 +190,12 @@ class TestDraftLength:
             assert plan.choice == (4, True)
             it.observe(plan, Iteration(), grown(fills=30))
 
-    def test_reading_a_backlog_is_no_part_of_what_a_length_takes(self) -> None:
+    def test_reading_unread_tokens_is_no_part_of_what_a_length_takes(self) -> None:
         it = planner()
         choice = Choice(2, prefetch=True)
         usual = Iteration(drafted=2, pass_s=(0.020, 0.020), verify_s=0.060)
         for _ in range(60):
-            observe(
-                it, replace(usual, backlog=100, pass_s=(2.020, 0.020)), grown(), read_last=False
-            )
+            observe(it, replace(usual, unread=100, pass_s=(2.020, 0.020)), grown(), read_last=False)
         assert it.lengths.seconds(choice) == pytest.approx(0.100, rel=0.01)
 
     def test_a_prompt_that_costs_more_than_drafts_can_save_is_left_unread(self) -> None:
@@ -206,7 +204,7 @@ class TestDraftLength:
             it = planner(costs=costs)
             for _ in range(PLAIN_FIRST):
                 it.observe(it.plan(range(5)), replace(ALONE, verify_s=0.510), grown(fills=10))
-            assert (it.plan(range(5), backlog=1000, left=left).choice.length > 0) == drafts
+            assert (it.plan(range(5), unread=1000, left=left).choice.length > 0) == drafts
 
     def test_what_was_measured_is_what_is_chosen_by(self) -> None:
         """Whatever the profile says of this pair: a row more costs a pass more here."""

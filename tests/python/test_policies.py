@@ -96,7 +96,7 @@ def expected(target_path: Path) -> list[int]:
 
 
 class Recorder(Policy):
-    """Keeps what it is told, and plans what it was given."""
+    """Keeps the events that it sees, and plans what it was given."""
 
     def __init__(self, plan: Any = None) -> None:
         self.wanted = plan

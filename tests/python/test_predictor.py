@@ -30,7 +30,7 @@ NEW_TOKENS = 16
 
 @dataclass
 class Reports:
-    """What a predictor told, in order."""
+    """Reports of a predictor, in order."""
 
     layers: list[int] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Pair:
         return both
 
     def routing(self, read: Callable[[], object]) -> list[tuple[int, list[int]]]:
-        """What the experts of the target are asked for meanwhile: the runtime's own record."""
+        """Return the routing of the target meanwhile: the runtime's own record."""
         self.runtime.record_routing()
         read()
         self.runtime.record_routing(False)
@@ -105,29 +105,27 @@ def chosen(scores: torch.Tensor) -> list[int]:
 
 class TestDraft:
     @pytest.mark.parametrize("state", ["residual", "mlp-input"])
-    def test_a_draft_that_is_the_target_foretells_every_expert(
-        self, pair: Pair, state: str
-    ) -> None:
+    def test_a_draft_that_is_the_target_predicts_every_expert(self, pair: Pair, state: str) -> None:
         target, draft = pair.readers()
         for token in TEXT:
-            told = Reports()
-            with predictor.draft_predictions(pair.target, pair.draft, told, state=state):
+            reports = Reports()
+            with predictor.draft_predictions(pair.target, pair.draft, reports, state=state):
                 draft.read([token])
             needed = pair.routing(lambda token=token: target.read([token]))
             assert [
                 (layer, chosen(scores))
-                for layer, scores in zip(told.layers, told.scores, strict=True)
+                for layer, scores in zip(reports.layers, reports.scores, strict=True)
             ] == [(layer, sorted(experts)) for layer, experts in needed]
 
     @pytest.mark.parametrize("state", predictor.STATES)
-    def test_a_token_read_tells_once_a_layer_in_order(self, pair: Pair, state: str) -> None:
+    def test_a_token_read_is_reported_once_a_layer_in_order(self, pair: Pair, state: str) -> None:
         _, draft = pair.readers()
-        told = Reports()
-        with predictor.draft_predictions(pair.target, pair.draft, told, state=state):
+        reports = Reports()
+        with predictor.draft_predictions(pair.target, pair.draft, reports, state=state):
             for token in TEXT:
                 draft.read([token])
-        assert told.layers == pair.layers * len(TEXT)
-        for scores in told.scores:
+        assert reports.layers == pair.layers * len(TEXT)
+        for scores in reports.scores:
             assert scores.shape == (pair.target.store.expert_count,)
             assert scores.dtype == torch.float32
             assert not scores.requires_grad
@@ -136,7 +134,7 @@ class TestDraft:
             assert float(scores.sum()) == pytest.approx(1 + pair.target.experts_per_token, abs=1e-4)
             assert len(chosen(scores)) == pair.target.experts_per_token
 
-    def test_of_several_tokens_only_the_last_is_told(self, qwen: Pair) -> None:
+    def test_of_several_tokens_only_the_last_is_reported(self, qwen: Pair) -> None:
         one_by_one, at_once = Reports(), Reports()
         _, draft = qwen.readers()
         with predictor.draft_predictions(qwen.target, qwen.draft, one_by_one):
@@ -231,32 +229,32 @@ class TestDraft:
 class TestTarget:
     def test_each_layer_predicts_for_the_next_one(self, pair: Pair) -> None:
         target, _ = pair.readers()
-        told = Reports()
-        with predictor.target_predictions(pair.target, told):
+        reports = Reports()
+        with predictor.target_predictions(pair.target, reports):
             target.read(TEXT)
-        assert told.layers == pair.layers[1:]
-        for scores in told.scores:
+        assert reports.layers == pair.layers[1:]
+        for scores in reports.scores:
             k = pair.target.experts_per_token
             assert float(scores.sum()) == pytest.approx(len(TEXT) * (1 + k), abs=1e-3)
 
     def test_a_prompt_is_left_alone(self, qwen: Pair) -> None:
-        told = Reports()
+        reports = Reports()
         prompt, verification = (cached(qwen.target.model) for _ in range(2))
-        with predictor.target_predictions(qwen.target, told):
+        with predictor.target_predictions(qwen.target, reports):
             prompt.read([65] * (MAX_ROWS + 1))
-            assert told.layers == []
+            assert reports.layers == []
             verification.read([65] * MAX_ROWS)
-            assert told.layers == qwen.layers[1:]
+            assert reports.layers == qwen.layers[1:]
 
     @pytest.mark.parametrize("first", range(6))
     def test_rows_before_the_first_are_left_out(self, qwen: Pair, first: int) -> None:
         target, _ = qwen.readers()
-        told = Reports()
-        with predictor.target_predictions(qwen.target, told, first_row=lambda: first):
+        reports = Reports()
+        with predictor.target_predictions(qwen.target, reports, first_row=lambda: first):
             target.read(TEXT)
         rows = max(0, len(TEXT) - first)
-        assert told.layers == (qwen.layers[1:] if rows else [])
-        for scores in told.scores:
+        assert reports.layers == (qwen.layers[1:] if rows else [])
+        for scores in reports.scores:
             k = qwen.target.experts_per_token
             assert float(scores.sum()) == pytest.approx(rows * (1 + k), abs=1e-3)
 
@@ -345,11 +343,11 @@ class TestTextStaysTheTargets:
                 engine.planner = None  # which would find that nothing pays for models so small
                 for draft_length in (0, 1, 4):
                     assert self.write(engine, draft_length) == expected, (draft, draft_length)
-                told = engine.runtime.stats()["predictions"]
-                assert (told > 0) == (bool(engine.runtime.traits.reads))
+                reports = engine.runtime.stats()["predictions"]
+                assert (reports > 0) == (bool(engine.runtime.traits.reads))
 
     @pytest.mark.parametrize("eviction", ["auto", "belady"])
-    def test_under_the_oracle_that_is_told_what_is_to_come(
+    def test_under_the_oracle_that_is_given_what_is_to_come(
         self, target_path: Path, expected: list[int], eviction: str
     ) -> None:
         assert eviction == "auto" or eviction in EVICTIONS
@@ -365,7 +363,7 @@ class TestTextStaysTheTargets:
             engine.runtime.replay_routing(routing)
             assert self.write(engine, 4) == expected
             assert engine.runtime.stats()["prefetch_used_bytes"] > 0
-            # And when what comes is not what was told.
+            # And when what comes is not what was given.
             engine.runtime.replay_routing(routing[::-1])
             assert self.write(engine, 1) == expected
 

@@ -41,7 +41,7 @@ LAYERS, TOP_K = 3, 3
 
 
 class TestCounts:
-    def test_shares_of_what_was_needed_and_of_what_was_told(self) -> None:
+    def test_shares_of_what_was_needed_and_of_what_was_predicted(self) -> None:
         recall = Recall(needed=8, recalled=4, recalled_2k=6, critical=5)
         assert (recall.at_k, recall.at_2k, recall.precision) == (0.5, 0.75, 0.8)
         assert recall.as_dict() == {
@@ -74,7 +74,7 @@ class TestCounts:
 
 
 class TestTokens:
-    # Two tokens, k = 2 of 6 experts: told 0 and 1, then 3 and 2; 2k adds 2, 3 and 0, 1.
+    # Two tokens, k = 2 of 6 experts: predicted 0 and 1, then 3 and 2; 2k adds 2, 3 and 0, 1.
     SCORES = torch.tensor(
         [
             [1.50, 1.25, 0.15, 0.08, 0.02, 0.00],
@@ -171,10 +171,10 @@ class TestByToken:
         ]
         case = open_case(*paths)
         with case.runtime:
-            told: dict[int, set[int]] = {}
+            predicted: dict[int, set[int]] = {}
 
             def keep(layer: int, scores: torch.Tensor) -> None:
-                told[layer] = set(scores.topk(TOP_K).indices.tolist())
+                predicted[layer] = set(scores.topk(TOP_K).indices.tolist())
 
             with predictor.draft_predictions(case.target, case.draft, keep):
                 case.draft(torch.tensor([PROMPT[:1]]))
@@ -183,7 +183,7 @@ class TestByToken:
             record = case.runtime.recorded_routing()
         assert len(record) == LAYERS
         for layer, experts in record:
-            right = len(told[layer] & set(experts))
+            right = len(predicted[layer] & set(experts))
             assert found["residual"][layer].recall.recalled == right
         assert 0 < overall(tally.recall for tally in found["residual"]).at_k < 1
 
@@ -200,7 +200,7 @@ class TestByToken:
 
 class TestByVerification:
     @pytest.mark.parametrize("last_row", ["nobody", "draft", "target"])
-    def test_only_a_row_that_nobody_tells_of_is_missed(self, own: Case, last_row: LastRow) -> None:
+    def test_only_a_row_that_nobody_predicts_is_missed(self, own: Case, last_row: LastRow) -> None:
         texts = by_verification(
             own.target,
             own.draft,
@@ -218,11 +218,11 @@ class TestByVerification:
         else:
             assert overall(layers).at_k < 1
         if last_row == "nobody":
-            # What the draft told of its own rows came true, as it is the target.
+            # The predictions of the draft of its own rows came true, as it is the target.
             assert overall(layers).precision == 1
 
     def test_they_write_the_targets_own_text(self, own: Case) -> None:
-        told, untold = (
+        predicted, others = (
             by_verification(
                 own.target,
                 own.draft,
@@ -233,4 +233,4 @@ class TestByVerification:
             )
             for draft_length in (4, 0)
         )
-        assert told == untold
+        assert predicted == others

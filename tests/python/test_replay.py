@@ -12,7 +12,7 @@ import torch
 
 import spmoe
 from families import FAMILIES
-from replay import Pace, Replay, Tensors, need_everything, to_row
+from replay import Pace, Replay, Tensors, access_all, to_row
 from replay_costs import measure_costs
 from scripted import ModelShape, Request, RoutingModel, draw, map_recording
 from spmoe.costs import Costs
@@ -42,12 +42,12 @@ def kept(script: list[Request]) -> np.ndarray:
     return np.array(shares).reshape(-1, script[0][0].experts.shape[1]).mean(axis=0)
 
 
-def recall(script: list[Request], told: str) -> float:
+def recall(script: list[Request], source: str) -> float:
     found = [
         np.isin(named, used).mean()
         for request in script
         for each in request
-        for rows, truth in zip(getattr(each, told), each.experts, strict=False)
+        for rows, truth in zip(getattr(each, source), each.experts, strict=False)
         for named, used in zip(rows, truth, strict=True)
     ]
     return float(np.mean(found))
@@ -74,7 +74,7 @@ def test_the_token_after_an_iteration_follows_the_last_accepted_one() -> None:
             assert not any(np.isin(after.experts[0][i], last[i]).any() for i in range(3))
 
 
-def test_a_row_has_k_distinct_experts_and_as_many_foretold() -> None:
+def test_a_row_has_k_distinct_experts_and_as_many_predicted() -> None:
     for each in drawn(requests=1)[0]:
         for rows in (each.experts, each.by_draft, each.by_target):
             assert all(len(set(row)) == 4 for layers in rows for row in layers)
@@ -160,7 +160,7 @@ def test_members_of_a_group_change_when_it_was_left() -> None:
     assert len(used) > 100  # not the same few of each group
 
 
-def test_a_recording_goes_round_and_stops_where_it_is_told() -> None:
+def test_a_recording_goes_round_and_stops_where_it_is_asked_to() -> None:
     script = mapped(a_recording(), ModelShape(2, 8, 2), requests=5, iterations=3)
     assert [len(request) for request in script] == [3] * 5
     assert (script[0][0].experts == script[4][0].experts).all()
@@ -193,7 +193,7 @@ def costs(store: Any) -> Costs:
 def test_every_policy_runs_what_the_script_says(store: Any, policy: str) -> None:
     shape = ModelShape(store.layer_count, store.expert_count, 2)
     script = drawn(shape, requests=2, iterations=5)
-    needs = [need for request in script for each in request for need in each.needs()]
+    needs = [need for request in script for each in request for need in each.accesses()]
     with open_runtime(store, policy) as runtime:
         if policy == "oracle":
             runtime.replay_routing(needs)
@@ -210,8 +210,8 @@ def test_every_policy_runs_what_the_script_says(store: Any, policy: str) -> None
     assert (row["recall"] is None) == (policy in ("on-demand", "activation-trace", "oracle"))
 
 
-@pytest.mark.parametrize(("policy", "told"), [("sp-moe", "draft"), ("next-gate", "target")])
-def test_predictions_are_those_of_the_script(store: Any, policy: str, told: str) -> None:
+@pytest.mark.parametrize(("policy", "source"), [("sp-moe", "draft"), ("next-gate", "target")])
+def test_predictions_are_those_of_the_script(store: Any, policy: str, source: str) -> None:
     shape = ModelShape(store.layer_count, store.expert_count, 2)
     each = drawn(shape, requests=1, iterations=1)[0][0]
     heard: list[tuple[int, str, list[int]]] = []
@@ -221,13 +221,13 @@ def test_predictions_are_those_of_the_script(store: Any, policy: str, told: str)
         )
         replay = Replay(runtime, experts_per_token=2, costs=costs(store), pace=Pace(), tensors=HOST)
         replay.run([each])
-    if told == "draft":  # each drafting step tells of its token, all layers
+    if source == "draft":  # each drafting step reports its token, all layers
         expected = [
             (layer, "draft", sorted(each.by_draft[row, layer].tolist()))
             for row in range(4)
             for layer in range(3)
         ]
-    else:  # each layer tells of all rows of the next one
+    else:  # each layer reports all rows of the next one
         expected = [
             (layer, "target", np.unique(each.by_target[:, layer]).tolist()) for layer in (1, 2)
         ]
@@ -255,7 +255,7 @@ def test_costs_are_measured_in_a_pool_of_one_layer(store: Any) -> None:
         found, peak_gbps = measure_costs(
             runtime, 2, rows=5, pace=Pace(draft_s=2.0, dense_s=3.0), tensors=HOST
         )
-        assert need_everything(runtime, HOST).link_bytes > 0
+        assert access_all(runtime, HOST).link_bytes > 0
     assert peak_gbps > 0
     assert found.draft_s == 2.0
     assert found.layer_at(5) > 3.0

@@ -159,11 +159,11 @@ def test_the_draft_reads_each_token_of_the_text_once() -> None:
     assert drafter.reads == [3, 1, 1, 2, 1, 1]
 
 
-def test_an_iteration_tells_the_drafts_passes_and_what_they_had_to_read_first() -> None:
+def test_an_iteration_has_the_drafts_passes_and_what_they_had_to_read_first() -> None:
     asked: list[tuple[int, int]] = []
 
-    def lengths(backlog: int, left: int) -> int:
-        asked.append((backlog, left))
+    def lengths(unread: int, left: int) -> int:
+        asked.append((unread, left))
         return 0 if len(asked) == 1 else 2
 
     drafter = TableModel(5)
@@ -176,8 +176,8 @@ def test_an_iteration_tells_the_drafts_passes_and_what_they_had_to_read_first() 
         read_last=lambda: len(asked) == 3,
     )
     _, plain, *drafted = decoding
-    assert (plain.backlog, len(plain.pass_s)) == (3, 0)
-    assert [(it.backlog, len(it.pass_s)) for it in drafted] == [(4, 2), (1, 2), (0, 0)]
+    assert (plain.unread, len(plain.pass_s)) == (3, 0)
+    assert [(it.unread, len(it.pass_s)) for it in drafted] == [(4, 2), (1, 2), (0, 0)]
     assert drafter.reads == [5, 1, 2, 1, 1]  # its last token too, which is no pass
     assert asked == [(3, 8), (4, 7), (1, 4), (0, 1)]
 

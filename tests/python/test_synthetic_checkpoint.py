@@ -85,17 +85,17 @@ def test_shrunk_shapes_open_as_stores_with_the_layers_asked_for(tmp_path: Path) 
         path = tmp_path / shape
         config = make_config(shape, layers=2, shrink=128)
         total = write_checkpoint(path, config)
-        told = expert_format(config)
+        experts = expert_format(config)
         files = sorted(path.glob("*.safetensors"))
-        store = spmoe.open_store(files, interleaved=told.interleaved)
+        store = spmoe.open_store(files, interleaved=experts.interleaved)
         assert (store.layer_count, store.dtype) == (2, "bfloat16")
-        assert (store.expert_count, store.hidden, store.inter) == told.shape
+        assert (store.expert_count, store.hidden, store.inter) == experts.shape
         assert store.hidden == sizes["hidden_size"] // 128
         assert store.total_bytes < total
         shutil.rmtree(path)
 
 
-def test_weights_are_random_and_the_seed_tells_which(tmp_path: Path) -> None:
+def test_weights_are_random_and_the_seed_says_which(tmp_path: Path) -> None:
     config = FAMILIES["mixtral"]()
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
         write_checkpoint(tmp_path / name, config, seed=seed)

@@ -1,4 +1,4 @@
-"""The Chrome trace: every span an event in its named lane."""
+"""The Chrome trace: every span an event in its named track."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import spmoe
 from spmoe.trace import Phase, write_trace
 
-LANES = ["draft", "verify", "compute", "wait", "link: demand", "link: prefetch"]
+TRACKS = ["draft", "verify", "compute", "wait", "link: demand", "link: prefetch"]
 PROMPT = "Once upon a time there was a disk"
 
 Span = tuple[str, int, int | None, float, float, int]
@@ -47,20 +47,20 @@ class TestFile:
         write_trace(tmp_path / "trace.json", self.PHASES, self.SPANS)
         return read(tmp_path / "trace.json")
 
-    def test_every_lane_is_named_once_from_top_to_bottom(
+    def test_every_track_is_named_once_from_top_to_bottom(
         self, events: list[dict[str, Any]]
     ) -> None:
         assert [event["tid"] for event in events if event["name"] == "thread_name"] == [*range(6)]
-        assert list(names(events).values()) == LANES
+        assert list(names(events).values()) == TRACKS
         (process,) = [event for event in events if event["name"] == "process_name"]
         assert process["args"] == {"name": "spmoe"}
 
-    def test_every_span_is_one_event_in_its_lane_in_microseconds(
+    def test_every_span_is_one_event_in_its_track_in_microseconds(
         self, events: list[dict[str, Any]]
     ) -> None:
-        lanes = names(events)
+        tracks = names(events)
         assert [
-            (lanes[event["tid"]], event["name"], event["ts"], event["dur"])
+            (tracks[event["tid"]], event["name"], event["ts"], event["dur"])
             for event in events
             if event["ph"] == "X"
         ] == [
@@ -85,7 +85,7 @@ class TestFile:
     def test_all_events_are_of_one_process(self, events: list[dict[str, Any]]) -> None:
         assert {event["pid"] for event in events} == {1}
 
-    def test_nothing_done_is_a_trace_of_empty_lanes(self, tmp_path: Path) -> None:
+    def test_nothing_done_is_a_trace_of_empty_tracks(self, tmp_path: Path) -> None:
         write_trace(tmp_path / "empty.json", [], [])
         assert {event["ph"] for event in read(tmp_path / "empty.json")} == {"M"}
 
@@ -106,31 +106,31 @@ class TestRuntime:
 
     def test_spans_lie_inside_the_run(self, run: Run) -> None:
         start, spans, phases, end = run
-        assert {lane for lane, *_ in spans} >= {"compute", "demand"}
-        for lane, layer, expert, span_start, span_end, depth in spans:
-            assert start <= span_start <= span_end <= end, (lane, layer, expert)
+        assert {track for track, *_ in spans} >= {"compute", "demand"}
+        for track, layer, expert, span_start, span_end, depth in spans:
+            assert start <= span_start <= span_end <= end, (track, layer, expert)
             assert depth >= 0
-            assert (expert is None) == (lane in ("compute", "wait"))
+            assert (expert is None) == (track in ("compute", "wait"))
         for phase in phases:
             assert start <= phase.start_s <= phase.end_s <= end
 
-    @pytest.mark.parametrize("lane", ["compute", "wait"])
-    def test_a_layer_at_a_time_is_computed_or_waited_for(self, run: Run, lane: str) -> None:
-        spans = sorted(span for span in run[1] if span[0] == lane)
+    @pytest.mark.parametrize("track", ["compute", "wait"])
+    def test_a_layer_at_a_time_is_computed_or_waited_for(self, run: Run, track: str) -> None:
+        spans = sorted(span for span in run[1] if span[0] == track)
         times = sorted((start, end) for _, _, _, start, end, _ in spans)
         assert all(before[1] <= after[0] for before, after in pairwise(times))
 
     def test_layers_are_computed_inside_verifications(self, run: Run) -> None:
         _, spans, phases, _ = run
-        verifications = [phase for phase in phases if phase.lane == "verify"]
-        for lane, layer, _, start, end, _ in spans:
-            if lane == "compute":
+        verifications = [phase for phase in phases if phase.track == "verify"]
+        for track, layer, _, start, end, _ in spans:
+            if track == "compute":
                 inside = [p for p in verifications if p.start_s <= start and end <= p.end_s]
                 assert len(inside) == 1, layer
 
     def test_drafting_ends_where_verification_begins(self, run: Run) -> None:
         phases = run[2]
-        assert [phase.lane for phase in phases] == ["draft", "verify"] * (len(phases) // 2)
+        assert [phase.track for phase in phases] == ["draft", "verify"] * (len(phases) // 2)
         for before, after in pairwise(phases):
             assert before.end_s <= after.start_s + 1e-9
 

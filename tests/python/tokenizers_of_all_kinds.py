@@ -26,7 +26,7 @@ _WORDS = (
     "b",
     "\n",
 )
-_MARKS = (".", ",", "!", "?", "'", "-")
+_POINTS = (".", ",", "!", "?", "'", "-")
 
 
 def _wrap(tokenizer: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
@@ -36,9 +36,9 @@ def _wrap(tokenizer: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
 
 def byte_level() -> PreTrainedTokenizerFast:
     """GPT-2's kind: tokens of bytes, which may end inside a character."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     encoded = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    vocabulary = {character: index for index, character in enumerate(characters)}
     merges: list[tuple[str, str]] = []
     for text in (" the", " a", "日", "本", "🙂", "é"):
         whole = encoded.pre_tokenize_str(text)[0][0]
@@ -55,7 +55,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 def byte_fallback() -> PreTrainedTokenizerFast:
     """Llama-2's and Mixtral's kind: words with leading spaces, and bytes for all else."""
     tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens += ["▁", "\n", *_WORDS, *_MARKS, *(f"▁{word}" for word in _WORDS), "<unk>"]
+    tokens += ["▁", "\n", *_WORDS, *_POINTS, *(f"▁{word}" for word in _WORDS), "<unk>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -76,7 +76,14 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 def unigram() -> PreTrainedTokenizerFast:
     """T5's kind: words with leading spaces, cleaned up."""
-    tokens = ["▁", "\n", *_WORDS, *_MARKS, *(f"▁{part}" for part in (*_WORDS, *_MARKS)), "<unk>"]
+    tokens = [
+        "▁",
+        "\n",
+        *_WORDS,
+        *_POINTS,
+        *(f"▁{part}" for part in (*_WORDS, *_POINTS)),
+        "<unk>",
+    ]
     scores = [(token, -float(len(tokens) - index)) for index, token in enumerate(tokens)]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=len(tokens) - 1))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -86,7 +93,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT's kind: a space before every word, cleaned up."""
-    tokens = ["[UNK]", *_WORDS, *_MARKS, *(f"##{word}" for word in _WORDS)]
+    tokens = ["[UNK]", *_WORDS, *_POINTS, *(f"##{word}" for word in _WORDS)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

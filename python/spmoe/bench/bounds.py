@@ -1,4 +1,4 @@
-"""What no policy can beat: compute alone, the oracle's bytes on the link, and what slots hold."""
+"""Bounds of every policy: compute alone, the oracle's bytes on the link, and what slots hold."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_resident(
 
 
 def touch_all(runtime: Runtime) -> None:
-    """Need every expert once, layer by layer."""
+    """Access every expert once, layer by layer."""
     count = runtime.store.expert_count
     x = torch.zeros(count, runtime.store.hidden, device=runtime.device)
     weights = torch.ones(count, 1, device=runtime.device)

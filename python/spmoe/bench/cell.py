@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(slots=True)
 class Tally:
-    """What a cell's runs came to."""
+    """The sums over a cell's runs."""
 
     token_s: list[float] = field(default_factory=list)  # of every token but the first
     ttft_s: list[float] = field(default_factory=list)

@@ -27,7 +27,7 @@ def exchange(scores: torch.Tensor, share: float, generator: random.Random) -> to
 
 
 def degrade(runtime: Runtime, share: float) -> None:
-    """Exchange a share of the experts that a runtime is told of, seeded."""
+    """Exchange a share of the experts that are predicted to a runtime, seeded."""
     generator = random.Random(0)
     predict = runtime.predict
 

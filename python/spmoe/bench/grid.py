@@ -93,12 +93,12 @@ def bench(
     runs = len(prompts) * (1 + repeats * (len(draft_lengths) + len(cells)))
     done = itertools.count(1)
 
-    def tell(description: str) -> None:
+    def count_run(description: str) -> None:
         report(description, next(done), runs)
 
     with open_engine(models, Cell(BASELINE, "auto", "100%", 0)) as warm:
         encoded = [warm.encode(prompt.text) for prompt in prompts]
-    alone = list(_decode_alone(target, encoded, max_new_tokens, chosen, tell))
+    alone = list(_decode_alone(target, encoded, max_new_tokens, chosen, count_run))
     tallies = {cell: Tally() for cell in cells}
     resident: dict[int | str, Tally] = {length: Tally() for length in draft_lengths}
     routings: dict[tuple[int | str, int], Routing] = {}
@@ -106,7 +106,7 @@ def bench(
         for number, tokens in enumerate(encoded):
             for length in draft_lengths:
                 run_resident(models, length, tokens, max_new_tokens, resident[length])
-                tell(f"everything resident, draft length {length}")
+                count_run(f"everything resident, draft length {length}")
             for cell in cells:
                 key = (cell.draft_length, number)
                 replays = traits_of(cell.policy).replays
@@ -120,7 +120,7 @@ def bench(
                     text = run_prompt(engine, tokens, max_new_tokens, tallies[cell])
                 own = alone[number]  # which an end-of-text token may end; cells go on
                 tallies[cell].identical &= text[: len(own)] == own[: len(text)]
-                tell(f"{cell.policy}, {cell.expert_memory}, draft length {cell.draft_length}")
+                count_run(f"{cell.policy}, {cell.expert_memory}, draft length {cell.draft_length}")
     peak = link_peak_gbps(models)
     rows = [
         to_row(cell, tallies[cell], peak_gbps=peak, prompts=len(prompts), dtype=chosen)
@@ -143,9 +143,13 @@ def bench(
 
 
 def _decode_alone(
-    target: str | PathLike[str], encoded: list[list[int]], count: int, dtype: torch.dtype, tell: Any
+    target: str | PathLike[str],
+    encoded: list[list[int]],
+    count: int,
+    dtype: torch.dtype,
+    count_run: Any,
 ) -> Iterator[list[int]]:
     plain = load_plain(target, dtype=dtype)
     for tokens in encoded:
         yield generate_alone(plain, tokens, count)[0]
-        tell("the target alone")
+        count_run("the target alone")

@@ -17,8 +17,8 @@ def doctor(no_link: bool, as_json: bool) -> None:
     """Say what this machine has for spmoe, and how to mend what is off.
 
     Devices and why CUDA cannot be used, the link measured, memory that could be page-locked,
-    limits, huge pages, processor features and versions. What the machine does not tell is
-    "unknown".
+    limits, huge pages, processor features and versions. A value that the machine does not
+    give is "unknown".
     """
     with progress_bar(as_json) as progress:
         progress("importing torch", 0, 1)

@@ -29,7 +29,7 @@ def is_complete(directory: Path, fingerprint: str) -> bool:
             (directory / name).stat().st_size == size for name, size in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # not there, of another format, or damaged: to be made anew
+        return False  # not there, of another format, or damaged: to be made again
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def write_target(
         source: The dense model.
         recipe: How the experts are made.
         routers: Rows [experts, hidden] of each layer's router.
-        progress: Told of each layer.
+        progress: Called for each layer.
 
     Raises:
         OSError: The disk is full, or another fault of writing.

@@ -49,7 +49,7 @@ def ensure_pair(
 
     Args:
         variant: "8x", a few large experts, or "32x", many small ones. They share the draft.
-        progress: Told what is being done, and done of total.
+        progress: Called with a description, and done of total.
         cache_dir: Where; None means the folder that ``SPMOE_CACHE`` names, or else the user's
             cache folder.
 
@@ -116,7 +116,7 @@ def make_routers(source: dense.Dense, recipe: Recipe, *, progress: Progress) -> 
 
 def _missing(wanted: dict[Path, str]) -> dict[Path, str]:
     """Return the directories that are not whole, with their fingerprints."""
-    return {path: mark for path, mark in wanted.items() if not cache.is_complete(path, mark)}
+    return {path: key for path, key in wanted.items() if not cache.is_complete(path, key)}
 
 
 def _make(pair: Pair, missing: dict[Path, str], recipe: Recipe, report: Progress) -> None:

@@ -1,4 +1,4 @@
-"""What a target is made of: the parts that every layout shares."""
+"""The parts of a target that every layout shares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """What a recipe needs of a dense layer.
+    """The weights of a dense layer that a recipe uses.
 
     Attributes:
         gate: Of the FFN, [inter, hidden].

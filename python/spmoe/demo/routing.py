@@ -36,7 +36,7 @@ def ffn_inputs(
     Args:
         model: Dense, in float32.
         documents: Token ids of each.
-        progress: Told of each document.
+        progress: Called for each document.
 
     Returns:
         One [tokens, hidden] a layer, float32.
@@ -112,7 +112,7 @@ def spherical_kmeans(points: Tensor, count: int, *, rng: np.random.Generator) ->
         likeness, nearest = (points @ centroids.T).max(dim=1)
         sums = torch.zeros_like(centroids).index_add_(0, nearest, points)
         empty = (torch.bincount(nearest, minlength=count) == 0).nonzero().flatten()
-        # A cluster that lost its last point starts anew from one that is served worst.
+        # A cluster that lost its last point starts again from one that is served worst.
         sums[empty] = points[likeness.argsort(stable=True)[: len(empty)]]
         centroids = normalize(sums, dim=1)
     return centroids

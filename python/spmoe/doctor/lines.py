@@ -1,4 +1,4 @@
-"""What `spmoe doctor` found, for people: a line each, with the cure where something is off."""
+"""Findings of `spmoe doctor` for people: a line each, with the cure where something is off."""
 
 from __future__ import annotations
 

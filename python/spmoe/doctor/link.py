@@ -189,7 +189,7 @@ def _open(files: Sequence[Path], sample: Sample, device: str, **options: Any) ->
 
 
 def _pass_gbps(runtime: Runtime) -> float:
-    """Need every expert once; return what the link moved a second while it was busy."""
+    """Access every expert once; return what the link moved a second while it was busy."""
     with runtime.counting() as used:
         touch_all(runtime)
     return used.link_bytes / used.link_busy_s / 1e9
@@ -210,7 +210,7 @@ def _drop_pages(files: Sequence[Path]) -> bool:
                 os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
             except BlockingIOError:
                 continue
-            except OSError:  # the file system cannot tell
+            except OSError:  # the file system does not say
                 return False
             return False
     return True

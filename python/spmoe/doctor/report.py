@@ -44,7 +44,7 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found. None in any place: not known, or not measured.
+    """Findings. None in any place: not known, or not measured.
 
     Attributes:
         processor: See `Processor`.
@@ -76,7 +76,7 @@ class Report:
 def examine(
     *, root: Path = Path("/"), measure: bool = True, progress: Progress | None = None
 ) -> Report:
-    """Look at this machine; nothing that it does not tell is an error.
+    """Look at this machine; a value that it does not give is no error.
 
     Args:
         root: Where proc and sys are.

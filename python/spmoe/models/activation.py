@@ -42,7 +42,7 @@ class Activation:
 def recognise(experts: Any, *, interleaved: bool) -> Activation:
     """Return the activation of an experts module by running its own code on a grid of numbers.
 
-    What the model's configuration calls it is not asked: a family may override the code.
+    The name in the model's configuration is not read: a family may override the code.
 
     Args:
         experts: Experts module of a transformers model.
@@ -51,7 +51,7 @@ def recognise(experts: Any, *, interleaved: bool) -> Activation:
     Raises:
         InvalidArgument: No formula of ours gives the numbers of the module's.
     """
-    # Far enough out to meet a clamp, close enough together to tell gelu from its approximation.
+    # Far enough out to meet a clamp, close enough together to separate gelu from its approximation.
     line = torch.cat([torch.linspace(-30, 30, 121), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
     gate, up = torch.cartesian_prod(line.double(), line.double()).unbind(-1)
     joined = torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])

@@ -159,7 +159,7 @@ def _one_by_one(tokens: Sequence[int], model: CachedCausalLM) -> torch.Tensor:
 
 
 def _rejecting(tokens: Sequence[int], model: CachedCausalLM) -> torch.Tensor:
-    """Return the same logits, with tokens read and rewound on the way."""
+    """Return the same logits, with tokens read and rewound between."""
     first, *rest = tokens[:-1]
     rejected = [(token + 1) % model.vocabulary_size for token in rest]
     model.read(_PROMPT)

@@ -81,7 +81,7 @@ class CachedCausalLM:
 
         With more, the pass would give the first ``length`` tokens other values than ``generate``
         gives them (longrope switches its frequencies by the length that a pass reaches). The pass
-        that reads the text anew after such a switch has room for none: sliding windows of a new
+        that reads the text again after such a switch has room for none: sliding windows of a new
         cache keep no past to rewind to.
         """
         if any(self.length <= switch < length for switch in self._switches):

@@ -50,7 +50,7 @@ class MoeLayer:
 
 @dataclass(frozen=True, slots=True)
 class ExpertFormat:
-    """What the model's code says of its experts; the same in every layer.
+    """The format of experts by the model's code; the same in every layer.
 
     Attributes:
         shape: Experts of a layer, hidden size, inner size.

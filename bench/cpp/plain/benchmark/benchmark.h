@@ -35,7 +35,7 @@ class State {
   explicit State(double min_s) : min_s_{min_s} {}
 
   struct Unused {
-    // What `for (auto _ : state)` names; used by nobody.
+    // The value that `for (auto _ : state)` names; used by nobody.
     ~Unused() {}
   };
   class Iterator {
