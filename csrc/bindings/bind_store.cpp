@@ -29,20 +29,7 @@ void bind_store(py::module_& m) {
            py::arg("files"), py::arg("layers") = std::vector<std::uint32_t>{},
            py::arg("interleaved") = false,
            py::arg("names") = std::map<std::string, std::string, std::less<>>{},
-           R"doc(
-Open the safetensors shards of a checkpoint and find its experts. Reads headers only.
-
-Args:
-    files: Paths of every shard.
-    layers: Layer numbers, as in the tensors' names, in the order of MoE layers; empty means all.
-    interleaved: Gate and up alternate in the fused tensor (gpt_oss).
-    names: Names of expert tensors in the shards, with one of spmoe's own names for each; empty
-        means that the shards use such names.
-
-Raises:
-    CheckpointError: A shard is damaged or lacks a tensor, or experts differ in shape or dtype.
-    InvalidArgument: No tensor is an expert's.
-)doc")
+           "Find the experts in the safetensors shards of a checkpoint; see `spmoe.open_store`.")
       .def_readonly("layer_count", &BoundStore::layer_count)
       .def_readonly("expert_count", &BoundStore::expert_count)
       .def_property_readonly("hidden", [](const BoundStore& s) { return s.format.hidden; })

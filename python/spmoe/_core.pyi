@@ -25,18 +25,7 @@ class ExpertStore:
     """
     def __init__(self, files: collections.abc.Sequence[str], layers: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex] = [], interleaved: bool = False, names: collections.abc.Mapping[str, str] = {}) -> None:
         """
-        Open the safetensors shards of a checkpoint and find its experts. Reads headers only.
-
-        Args:
-            files: Paths of every shard.
-            layers: Layer numbers, as in the tensors' names, in the order of MoE layers; empty means all.
-            interleaved: Gate and up alternate in the fused tensor (gpt_oss).
-            names: Names of expert tensors in the shards, with one of spmoe's own names for each; empty
-                means that the shards use such names.
-
-        Raises:
-            CheckpointError: A shard is damaged or lacks a tensor, or experts differ in shape or dtype.
-            InvalidArgument: No tensor is an expert's.
+        Find the experts in the safetensors shards of a checkpoint; see `spmoe.open_store`.
         """
     def check_unchanged(self) -> None:
         """
