@@ -25,13 +25,15 @@ ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
 export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
 export CCACHE_SLOPPINESS ?= pch_defines,time_macros
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
 endif
 
 # Interpreters that `make test-install` installs into; those that are not there are left out, and named.
 PYTHONS ?= 3.11 3.12 3.13
 
 # How long the fuzzer and the soak run, and the seed of both; without one they draw one, and print it.
-FOR ?= 120
+FOR ?= 60
 SEED ?=
 
 CMAKE_FLAGS ?=

@@ -9,7 +9,12 @@ if(NOT NlohmannJson_INCLUDE_DIR)
       COMMAND ${Python_EXECUTABLE} -c
               "import pathlib, nlohmann_json; print(pathlib.Path(nlohmann_json.__file__).parent)"
       OUTPUT_VARIABLE package ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
-    find_path(NlohmannJson_INCLUDE_DIR nlohmann/json.hpp PATHS ${package}/include)
+    find_path(NlohmannJson_PACKAGE_DIR nlohmann/json.hpp PATHS ${package}/include)
+    if(NlohmannJson_PACKAGE_DIR)
+      # The folder of pip's build environment has another name each time; ccache needs one that stays.
+      set(NlohmannJson_INCLUDE_DIR ${CMAKE_CURRENT_BINARY_DIR}/nlohmann_json)
+      file(CREATE_LINK ${NlohmannJson_PACKAGE_DIR} ${NlohmannJson_INCLUDE_DIR} SYMBOLIC)
+    endif()
   endif()
 endif()
 

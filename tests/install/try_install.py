@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scikit_build_core.build import build_sdist
@@ -36,14 +38,14 @@ print(importlib.metadata.version("spmoe"), _core.cuda_status()[1], sep="\\n")
 """
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> str:
+def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> str:
     """Return what a command prints; end with its whole output if it fails."""
     # As from a user's shell: nothing of the environment that this script runs in.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=kept | {"PYTHONWARNINGS": "ignore"},
+        env=kept | {"PYTHONWARNINGS": "ignore"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -92,11 +94,15 @@ def dependencies(python: Path) -> list[str]:
     return [line for line in lines if "extra ==" not in line and not line.startswith("torch")]
 
 
-def try_source(python: Path, source: Path, checkpoint: Path, missing: str | None) -> str:
+def try_source(
+    python: Path, source: Path, checkpoint: Path, missing: str | None, options: str
+) -> str:
     """Install ``source`` with isolation, use it from another folder, and say what was done."""
     start = time.monotonic()
-    install = [python, *PIP, "install", "--quiet", "-c", ROOT / "constraints.txt"]
-    run(*install, *(["--no-deps"] if missing else []), source)
+    # Modules are compiled when they are imported: most of those that torch brings never are.
+    install = [python, *PIP, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt"]
+    no_deps = ["--no-deps"] if missing else []
+    run(*install, *no_deps, source, cwd=ROOT, SKBUILD_CMAKE_DEFINE=options)
     seconds = time.monotonic() - start
     if missing:
         run(*install, *dependencies(python))
@@ -112,7 +118,7 @@ def try_source(python: Path, source: Path, checkpoint: Path, missing: str | None
             result = json.loads(text[text.index("{") :])
             assert result["token_ids"], f"no token was generated: {result}"
             done += f", {len(result['token_ids'])} tokens generated"
-    if shutil.which("nvcc") and os.environ["SKBUILD_CMAKE_DEFINE"] == CUDA_ON:
+    if shutil.which("nvcc") and options == CUDA_ON:
         assert "without CUDA" not in cuda, f"nvcc is there, but {cuda}"
         done += ", with the CUDA backend"
     return done
@@ -125,47 +131,63 @@ CUDA_OFF = f"{SHORT_BUILD};SPMOE_CUDA=OFF"
 CUDA_ON = f"{SHORT_BUILD};CMAKE_CUDA_ARCHITECTURES=90-real;CMAKE_CUDA_FLAGS_RELEASE=-Xcicc -O1"
 
 
-def main(wanted: list[str]) -> int:
+def try_python(
+    base: Path, name: str, environment: Path, sources: dict[str, Path], checkpoint: Path, cuda: bool
+) -> tuple[bool, bool]:
+    """Try every source with one interpreter; return whether all passed and whether text came."""
+    run(base, "-m", "venv", environment)
+    python = environment / "bin" / "python"
+    missing = why_no_torch(python)
+    left_out = f"; generation skipped: {missing}" if missing else ""
+    passed = True
+    for kind, source in sources.items():
+        try:
+            options = CUDA_ON if cuda else CUDA_OFF
+            done = try_source(python, source, checkpoint, missing, options)
+        except (RuntimeError, AssertionError) as error:
+            passed = False
+            print(f"{name}: {kind}: FAILED: {error}", flush=True)
+            continue
+        print(f"{name}: {kind}: {done}{left_out}", flush=True)
+        cuda = False
+        run(python, *PIP, "uninstall", "--quiet", "--yes", "spmoe")
+    return passed, passed and not missing
+
+
+def main(wanted: Sequence[str]) -> int:
     """Try every interpreter; return 0 if nothing failed and one of them wrote text."""
     own = str(Path(sys.executable).parent)  # with tools that a user's machine may lack
     os.environ["PATH"] = os.pathsep.join(
         folder for folder in os.environ["PATH"].split(os.pathsep) if folder != own
     )
-    failed = wrote = False
-    with tempfile.TemporaryDirectory() as scratch:
+    # The same sources in other folders are compiled once, where there is ccache.
+    os.environ |= {"CCACHE_BASEDIR": "/", "CCACHE_NOHASHDIR": "1"}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as side_by_side:
+        scratch = Path(folder)
         sys.path.insert(0, str(ROOT / "tests" / "python"))
         from families import make_checkpoint
 
-        checkpoint = make_checkpoint("qwen3_moe", Path(scratch) / "checkpoint")
+        checkpoint = make_checkpoint("qwen3_moe", scratch / "checkpoint")
         os.chdir(ROOT)
-        sdist = Path(scratch) / build_sdist(scratch)
-        os.environ["SKBUILD_CMAKE_DEFINE"] = CUDA_ON
-        # The same sources in other folders are compiled once, where there is ccache.
-        os.environ |= {"CCACHE_BASEDIR": "/", "CCACHE_NOHASHDIR": "1"}
+        sources = {"tree": ROOT, "sdist's wheel": scratch / build_sdist(folder)}
+        tries = []
         for name in wanted:
             base = find_python(name)
             if base is None:
                 print(f"{name}: skipped, no such Python here", flush=True)
                 continue
-            environment = Path(scratch) / "environment"
-            run(base, "-m", "venv", "--clear", environment)
-            python = environment / "bin" / "python"
-            missing = why_no_torch(python)
-            for kind, source in (("tree", ROOT), ("sdist's wheel", sdist)):
-                try:
-                    done = try_source(python, source, checkpoint, missing)
-                except (RuntimeError, AssertionError) as error:
-                    failed = True
-                    print(f"{name}: {kind}: FAILED: {error}", flush=True)
-                    continue
-                wrote |= not missing
-                left_out = f"; generation skipped: {missing}" if missing else ""
-                print(f"{name}: {kind}: {done}{left_out}", flush=True)
-                os.environ["SKBUILD_CMAKE_DEFINE"] = CUDA_OFF
-                run(python, *PIP, "uninstall", "--quiet", "--yes", "spmoe")
-    if not wrote:
+            environment = scratch / f"environment-{len(tries)}"
+            first = not tries
+            tries.append(
+                side_by_side.submit(
+                    try_python, base, name, environment, sources, checkpoint, first
+                )
+            )
+        results = [one.result() for one in tries]
+    if not any(wrote for _, wrote in results):
         print("FAILED: no environment wrote text", flush=True)
-    return 1 if failed or not wrote else 0
+        return 1
+    return 0 if all(passed for passed, _ in results) else 1
 
 
 if __name__ == "__main__":

@@ -418,10 +418,10 @@ def load_fp32(path: Path) -> Any:
 
 
 def repetition(model: Any, path: Path) -> float:
-    """Return the mean share of repeated 4-grams in greedy answers to every second short prompt."""
+    """Return the mean share of repeated 4-grams in greedy answers to every fourth short prompt."""
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     inputs = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt.text}] for prompt in load_prompts()[:-1:2]],
+        [[{"role": "user", "content": prompt.text}] for prompt in load_prompts()[:-1:4]],
         add_generation_prompt=True,
         return_dict=True,
         return_tensors="pt",
