@@ -23,8 +23,8 @@
 
 #include "base/convert.hpp"
 #include "compute/expert_ffn.hpp"
-#include "compute/host_kernel.hpp"
-#include "compute/thread_team.hpp"
+#include "compute/host/host_kernel.hpp"
+#include "compute/host/thread_team.hpp"
 
 namespace spmoe {
 namespace {

@@ -33,10 +33,10 @@
 
 #include "base/convert.hpp"
 #include "base/error.hpp"
-#include "compute/cuda_layer_compute.hpp"
+#include "compute/cuda/cuda_layer_compute.hpp"
 #include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
-#include "device/copy_engine.hpp"
+#include "device/copy/copy_engine.hpp"
 #include "device/make_device.hpp"
 
 namespace spmoe {
@@ -151,7 +151,7 @@ class Copies {
   CopyEngine engine_;  // ends before its memory
 };
 
-/// What the device does at its best, in bytes a second.
+/// The best rate of the device, in bytes a second.
 struct Peaks {
   double link = 0;
   double memory = 0;

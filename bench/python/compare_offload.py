@@ -34,12 +34,12 @@ from spmoe.bench.cell import Tally, run_prompt
 from spmoe.cli.options import find_models, pair_options
 from spmoe.cli.progress import progress_bar
 from spmoe.config import format_bytes, parse_memory
-from spmoe.devices import cuda_status, device_model, resolve_device
-from spmoe.machine import cpu_model, read_memory
 from spmoe.models.checkpoint import find_checkpoint
 from spmoe.models.loading import load_draft, load_target
 from spmoe.prompts import select_prompts
 from spmoe.settings import check_dtype
+from spmoe.system.devices import cuda_status, device_model, resolve_device
+from spmoe.system.machine import cpu_model, read_memory
 
 
 @dataclass(slots=True)

@@ -20,10 +20,10 @@ from spmoe.bench.bounds import link_peak_gbps
 from spmoe.bench.cell import Cell, Models, Tally, load_models, open_engine, run_prompt
 from spmoe.cli.options import find_models, link_option, pair_options
 from spmoe.cli.progress import progress_bar
-from spmoe.machine import cpu_model
-from spmoe.planner import CutoffRule
+from spmoe.decoding.planner import CutoffRule
 from spmoe.prompts import select_prompts
 from spmoe.settings import Settings
+from spmoe.system.machine import cpu_model
 
 RULES: tuple[CutoffRule, ...] = get_args(CutoffRule)
 

@@ -23,9 +23,9 @@ import torch
 from torch.nn.functional import linear, silu
 
 import spmoe
-from spmoe.devices import device_model, native_name, resolve_device
-from spmoe.machine import cpu_model
 from spmoe.runtime import Runtime
+from spmoe.system.devices import device_model, native_name, resolve_device
+from spmoe.system.machine import cpu_model
 from synthetic_checkpoint import SHAPES, expert_format, make_config, write_checkpoint
 
 ROWS = (1, 2, 4, 8, 16, 32)

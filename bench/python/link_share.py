@@ -20,9 +20,9 @@ import click
 import spmoe
 from spmoe.bench.cell import Tally, run_prompt
 from spmoe.cli.options import find_models, link_option, pair_options
-from spmoe.machine import cpu_model
 from spmoe.prompts import select_prompts
 from spmoe.runtime import POLICIES
+from spmoe.system.machine import cpu_model
 
 _SPANS = 1 << 20
 _PAUSE_S = 20e-6  # shorter is what it takes to note the time

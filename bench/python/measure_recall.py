@@ -12,28 +12,28 @@ from typing import Any, Literal
 import torch
 
 from recall import TokenTally
-from spmoe import speculative
 from spmoe.bench.degrade import exchange
-from spmoe.layer_map import LayerMap
+from spmoe.decoding import speculative
 from spmoe.models.cache_support import cache_support, cached
 from spmoe.models.loading import TargetModel
-from spmoe.predictor import (
+from spmoe.prediction.layer_map import LayerMap
+from spmoe.prediction.predictor import (
     DraftReader,
     draft_mismatch,
     draft_predictions,
     draft_readers,
     target_predictions,
 )
-from spmoe.progress import Progress, silent
-from spmoe.routers import routers
-from spmoe.runtime import Runtime
-from spmoe.states import (
+from spmoe.prediction.routers import routers
+from spmoe.prediction.states import (
     STATES,
     read_text,
     watch_input,
     watch_routing,
     watch_state,
 )
+from spmoe.reporting.progress import Progress, silent
+from spmoe.runtime import Runtime
 
 LAYER_MAP, PREVIOUS_LAYER = "layer map", "previous layer"  # sources beside the draft's states
 
@@ -169,7 +169,7 @@ def by_verification(
         max_new_tokens: Of each prompt; no token ends a text.
         draft_length: Tokens drafted an iteration.
         last_row: The source that predicts for the last token that is verified; see `LastRow`.
-        layer_map: As for `spmoe.predictor.draft_predictions`.
+        layer_map: As for `spmoe.prediction.predictor.draft_predictions`.
         progress: Called for each prompt.
 
     Returns:

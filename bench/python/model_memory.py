@@ -18,11 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from spmoe.config import format_bytes
+from spmoe.costs.memory_plan import divide_memory
 from spmoe.errors import OutOfMemory
-from spmoe.expert_memory import slot_bytes
-from spmoe.memory_plan import divide_memory
 from spmoe.models.experts import IMPLEMENTATION, describe, find_layers, without_experts
 from spmoe.models.shapes import ModelShape
+from spmoe.system.expert_memory import slot_bytes
 from synthetic_checkpoint import make_config
 
 BEGIN, END = "<!-- model_memory.py: begin -->\n", "<!-- model_memory.py: end -->\n"

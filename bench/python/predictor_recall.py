@@ -21,19 +21,19 @@ import click
 
 import recall
 from measure_recall import LAYER_MAP, LastRow, by_token, by_verification
-from spmoe import layer_map
-from spmoe.calibration import tokenize_calibration
 from spmoe.cli.progress import progress_bar
 from spmoe.demo import VARIANTS
 from spmoe.demo.pair import ensure_pair
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_target, load_tokenizer
 from spmoe.models.text import encode
-from spmoe.predictor import draft_mismatch
-from spmoe.progress import Progress
+from spmoe.prediction import layer_map
+from spmoe.prediction.calibration import tokenize_calibration
+from spmoe.prediction.predictor import draft_mismatch
+from spmoe.prediction.states import STATES
 from spmoe.prompts import select_prompts
+from spmoe.reporting.progress import Progress
 from spmoe.runtime import Runtime
-from spmoe.states import STATES
 
 EASY = "An easy case: the target was made from its draft."
 EXCHANGED = (0.25, 0.5, 0.75, 1.0)  # shares of predicted experts, as in bench/results

@@ -89,7 +89,7 @@ def of_verifications(stats: Mapping[str, Any]) -> list[Recall]:
     """
     return [
         Recall(
-            needed=layer["predicted_needs"],
+            needed=layer["predicted_accesses"],
             recalled=layer["recalled"],
             recalled_2k=layer["recalled_2k"],
             critical=layer["critical"],
@@ -122,7 +122,7 @@ class TokenTally:
         """Count predictions against the truth.
 
         Args:
-            scores: [tokens, experts], as `spmoe.predictor.Router.scores`.
+            scores: [tokens, experts], as `spmoe.prediction.predictor.Router.scores`.
             chosen: [tokens, k], the router's choices.
         """
         tokens, k = chosen.shape

@@ -12,13 +12,13 @@ import torch
 
 from scripted import Experts, Request, ScriptedIteration
 from spmoe.bench.cell import shares
-from spmoe.costs import Costs
-from spmoe.counters import Counters
-from spmoe.planner import Planner
-from spmoe.predictor import join
-from spmoe.prior import Shape
+from spmoe.costs.costs import Costs
+from spmoe.decoding.planner import Planner
+from spmoe.decoding.prior import Shape
+from spmoe.decoding.speculative import Iteration
+from spmoe.prediction.predictor import join
+from spmoe.reporting.counters import Counters
 from spmoe.runtime import Runtime
-from spmoe.speculative import Iteration
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 
 from replay import Pace, Tensors, access_all
-from spmoe import probe
-from spmoe.costs import Costs
+from spmoe.costs.costs import Costs, probe
 from spmoe.errors import InvalidArgument
 from spmoe.runtime import Runtime
 

@@ -30,13 +30,13 @@ from scripted import ModelShape, Request, RoutingModel, draw, map_recording
 from spmoe.cli.options import device_option, pinned_option
 from spmoe.cli.progress import progress_bar
 from spmoe.config import default_cache, format_bytes, parse_memory
-from spmoe.costs import Costs
-from spmoe.devices import device_model, native_name, resolve_device
+from spmoe.costs.costs import Costs
 from spmoe.errors import Error
-from spmoe.machine import cpu_model, read_memory
 from spmoe.policies import POLICIES, PROBE
 from spmoe.runtime import Runtime
 from spmoe.settings import check_dtype
+from spmoe.system.devices import device_model, native_name, resolve_device
+from spmoe.system.machine import cpu_model, read_memory
 from synthetic_checkpoint import SHAPES, expert_format, hub_tensors, make_config, write_checkpoint
 
 FREE_SHARE = 0.8  # of what is free, that --layers fit takes; the rest is for everything else

@@ -34,7 +34,7 @@ from spmoe.config import format_bytes
 from spmoe.demo.checkpoint import write_weights
 from spmoe.errors import Error
 from spmoe.models.experts import ExpertFormat, describe, find_layers, without_experts
-from spmoe.progress import Progress, silent
+from spmoe.reporting.progress import Progress, silent
 
 # Each model's own config.json, as far as it sets sizes. "layers" are those with routed experts.
 SHAPES: dict[str, dict[str, Any]] = {

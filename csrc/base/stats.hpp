@@ -4,7 +4,7 @@
 
 namespace spmoe {
 
-/// Counters of one MoE layer since the start. Experts are counted once a `need`.
+/// Counters of one MoE layer since the start. Experts are counted once a `access`.
 struct LayerStats {
   std::uint64_t hits = 0;                 ///< resident when needed
   std::uint64_t late = 0;                 ///< in flight when needed
@@ -14,7 +14,7 @@ struct LayerStats {
   std::uint64_t prefetch_bytes = 0;       ///< moved on a prediction, used or not
   std::uint64_t prefetch_used_bytes = 0;  ///< of these, used before they were evicted
   std::uint64_t predictions = 0;          ///< score vectors received
-  std::uint64_t predicted_needs = 0;      ///< experts needed by runs that were predicted
+  std::uint64_t predicted_accesses = 0;   ///< experts needed by runs that were predicted
   std::uint64_t recalled = 0;             ///< of these, among the top-k of a prediction
   std::uint64_t recalled_2k = 0;          ///< of these, among the top-2k
   std::uint64_t critical = 0;             ///< experts among the top-k of those predictions
@@ -35,7 +35,7 @@ struct LayerStats {
     visit("prefetch_bytes", [](auto& it) -> auto& { return it.prefetch_bytes; });
     visit("prefetch_used_bytes", [](auto& it) -> auto& { return it.prefetch_used_bytes; });
     visit("predictions", [](auto& it) -> auto& { return it.predictions; });
-    visit("predicted_needs", [](auto& it) -> auto& { return it.predicted_needs; });
+    visit("predicted_accesses", [](auto& it) -> auto& { return it.predicted_accesses; });
     visit("recalled", [](auto& it) -> auto& { return it.recalled; });
     visit("recalled_2k", [](auto& it) -> auto& { return it.recalled_2k; });
     visit("critical", [](auto& it) -> auto& { return it.critical; });

@@ -10,7 +10,7 @@
 namespace spmoe {
 
 /// The work of a span of time.
-enum class Lane : std::uint8_t { compute, wait, demand, prefetch };
+enum class Track : std::uint8_t { compute, wait, demand, prefetch };
 
 /// Seconds of the monotonic clock; on Linux the one that Python's time.perf_counter reads.
 [[nodiscard]] inline double to_seconds(std::chrono::steady_clock::time_point time) noexcept {
@@ -23,7 +23,7 @@ enum class Lane : std::uint8_t { compute, wait, demand, prefetch };
 /// One part of the work. A span that concerns a whole layer has expert 0xFFFF.
 struct Span {
   static constexpr std::uint16_t whole_layer = 0xFFFF;
-  Lane lane = Lane::compute;
+  Track track = Track::compute;
   ExpertId id{};
   double start_s = 0;
   double end_s = 0;

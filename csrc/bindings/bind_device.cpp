@@ -1,7 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/bind.hpp"
-#include "device/cuda_device.hpp"
+#include "device/cuda/cuda_device.hpp"
 
 namespace py = pybind11;
 

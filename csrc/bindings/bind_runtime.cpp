@@ -11,7 +11,7 @@
 #include "bindings/bind.hpp"
 #include "bindings/bound_store.hpp"
 #include "bindings/unlocked.hpp"
-#include "device/faulty_movers.hpp"
+#include "device/copy/faulty_movers.hpp"
 #include "runtime/counters.hpp"
 #include "runtime/runtime.hpp"
 
@@ -59,7 +59,7 @@ py::dict to_dict(const LayerStats& stats) {
                   "prefetch_wasted_bytes"_a = stats.prefetch_bytes - stats.prefetch_used_bytes,
                   "predictions"_a = stats.predictions, "cancelled"_a = stats.cancelled,
                   "cancelled_bytes"_a = stats.cancelled_bytes,
-                  "predicted_needs"_a = stats.predicted_needs, "recalled"_a = stats.recalled,
+                  "predicted_accesses"_a = stats.predicted_accesses, "recalled"_a = stats.recalled,
                   "recalled_2k"_a = stats.recalled_2k, "critical"_a = stats.critical,
                   "stall_s"_a = stats.stall_s, "compute_s"_a = stats.compute_s);
 }
@@ -105,9 +105,9 @@ PredictionSource parse_source(std::string_view name) {
   return look_up(table, "source", name);
 }
 
-std::string_view name_of(Lane lane) {
+std::string_view name_of(Track track) {
   static constexpr std::array<std::string_view, 4> names{"compute", "wait", "demand", "prefetch"};
-  return names[static_cast<std::size_t>(lane)];
+  return names[static_cast<std::size_t>(track)];
 }
 
 template <class T>
@@ -262,13 +262,13 @@ void bind_runtime(py::module_& m) {
             for (const Span& span : runtime.spans()) {
               const bool whole = span.id.expert == Span::whole_layer;
               spans.append(py::make_tuple(
-                  name_of(span.lane), span.id.layer,
+                  name_of(span.track), span.id.layer,
                   whole ? py::object{py::none()} : py::object{py::int_(span.id.expert)},
                   span.start_s, span.end_s, span.queue_depth));
             }
             return spans;
           },
-          "The latest spans: (lane, layer, expert or None, start_s, end_s, queue_depth).")
+          "The latest spans: (track, layer, expert or None, start_s, end_s, queue_depth).")
       .def(
           "calibration",
           [](const Runtime& runtime) {

@@ -11,7 +11,7 @@
 
 namespace spmoe {
 
-/// What a busy link serves first: the demands.
+/// The order of service on a busy link: demands first.
 enum class CopyPriority : std::uint8_t { prefetch, demand };
 
 /// A run of bytes of one copy, moved as part of a chunk.

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "base/error.hpp"
-#include "device/cuda_device.hpp"
-#include "device/host_device.hpp"
+#include "device/cuda/cuda_device.hpp"
+#include "device/host/host_device.hpp"
 
 namespace spmoe {
 

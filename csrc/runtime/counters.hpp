@@ -18,7 +18,7 @@ struct Counters {
   std::int64_t prefetch_bytes = 0;
   std::int64_t prefetch_used_bytes = 0;
   std::int64_t predictions = 0;
-  std::int64_t predicted_needs = 0;
+  std::int64_t predicted_accesses = 0;
   std::int64_t recalled = 0;
   std::int64_t recalled_2k = 0;
   std::int64_t critical = 0;

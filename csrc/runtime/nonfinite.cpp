@@ -8,7 +8,7 @@
 
 #include "base/error.hpp"
 #include "base/trace.hpp"
-#include "device/read_source.hpp"
+#include "device/copy/read_source.hpp"
 
 namespace spmoe {
 namespace {

@@ -11,12 +11,12 @@
 
 #include "base/error.hpp"
 #include "base/trace.hpp"
-#include "device/read_source.hpp"
+#include "device/copy/read_source.hpp"
 
 namespace spmoe {
 namespace {
 
-// Systems that refuse to lock much memory at once may still lock it piece by piece.
+// Systems that refuse to lock much memory at once may still lock it blob by blob.
 constexpr std::uint64_t most_chunk_bytes = std::uint64_t{1} << 30;
 
 // Of what a system lets be locked, this share is left to others: torch, and long prompts.

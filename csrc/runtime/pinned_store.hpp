@@ -12,10 +12,10 @@
 
 namespace spmoe {
 
-/// Told how many bytes are in place, of how many. What it throws ends the filling.
+/// Called with the bytes in place and the bytes in all. An exception from it ends the filling.
 using FillProgress = std::function<void(std::uint64_t done_bytes, std::uint64_t total_bytes)>;
 
-/// A store of which as many blobs as fit rest in pinned memory of a device, each in one piece, the
+/// A store of which as many blobs as fit rest in pinned memory of a device, each contiguous, the
 /// same share of every layer; the others stay where they are. Immutable, so thread-safe. Must be
 /// destroyed before the device.
 class PinnedStore final : public ExpertStore {

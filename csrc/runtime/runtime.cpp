@@ -7,8 +7,8 @@
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
-#include "compute/cuda_layer_compute.hpp"
-#include "device/cuda_device.hpp"
+#include "compute/cuda/cuda_layer_compute.hpp"
+#include "device/cuda/cuda_device.hpp"
 #include "device/make_device.hpp"
 
 namespace spmoe {
@@ -16,8 +16,8 @@ namespace {
 
 constexpr std::uint64_t slot_alignment = 256;
 
-// Predictions on their way from the device: some draft steps ahead of the worker.
-constexpr std::size_t letters_a_layer = 8;
+// Predictions in flight from the device: some draft steps ahead of the worker.
+constexpr std::size_t readbacks_a_layer = 8;
 
 constexpr std::size_t verified_index_bytes = 4096;  // what the router chooses in a verification
 
@@ -95,10 +95,10 @@ Runtime::Runtime(std::shared_ptr<const ExpertStore> store, const RuntimeOptions&
   engine_ = std::make_unique<CopyEngine>(
       make_movers(*device_, options.link), slot_count_, options.link,
       [this](const Completion& completion) { on_completion(completion); });
-  mailbox_ = std::make_shared<ScoreMailbox>(
-      *device_, store_->expert_count(), letters_a_layer * store_->layer_count(),
-      [this](const ScoreMailbox::Letter& letter, std::span<const float> scores) {
-        on_scores(letter, scores);
+  readback_ = std::make_shared<ScoreReadback>(
+      *device_, store_->expert_count(), readbacks_a_layer * store_->layer_count(),
+      [this](const ScoreReadback::Origin& origin, std::span<const float> scores) {
+        on_scores(origin, scores);
       });
   // After all other pinned memory, for it takes what there is.
   if (options.pinned_memory_bytes > 0) {
@@ -123,14 +123,14 @@ void Runtime::close() {
   if (device_ == nullptr) return;      // closed before
   std::shared_ptr<Device> device;      // goes last
   std::unique_ptr<CopyEngine> engine;  // before it
-  std::shared_ptr<ScoreMailbox> mailbox;
+  std::shared_ptr<ScoreReadback> readback;
   {
     // Nothing more starts; what is in flight still arrives in the pool.
     const std::scoped_lock lock{mutex_};
     paused_ = true;
-    mailbox.swap(mailbox_);
+    readback.swap(readback_);
   }
-  mailbox.reset();
+  readback.reset();
   engine_->close();
   try {
     for (const EventId event : last_use_) device_->wait(event);
@@ -212,18 +212,18 @@ void Runtime::predict(std::uint16_t layer, std::span<const float> scores, Predic
 
 void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource source,
                       std::uintptr_t consumer) {
-  std::shared_ptr<Device> device;  // which the mailbox needs, even if `close` runs meanwhile
-  std::shared_ptr<ScoreMailbox> mailbox;
+  std::shared_ptr<Device> device;  // which the readback needs, even if `close` runs meanwhile
+  std::shared_ptr<ScoreReadback> readback;
   std::uint64_t epoch = 0;
   {
     const auto lock = lock_open();
     require_layer(layer);
     device = device_;
-    mailbox = mailbox_;
+    readback = readback_;
     epoch = epoch_;
   }
   try {
-    if (mailbox->send({layer, source, epoch}, scores, consumer)) return;
+    if (readback->send({layer, source, epoch}, scores, consumer)) return;
   } catch (const DeviceError& failure) {
     rethrow(failure);
   }
@@ -231,13 +231,13 @@ void Runtime::predict(std::uint16_t layer, const float* scores, PredictionSource
   ++dropped_predictions_;
 }
 
-void Runtime::on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores) {
+void Runtime::on_scores(const ScoreReadback::Origin& origin, std::span<const float> scores) {
   const std::scoped_lock lock{mutex_};
-  if (letter.epoch != epoch_ || paused_) {
+  if (origin.epoch != epoch_ || paused_) {
     ++dropped_predictions_;
     return;
   }
-  scheduler_.predict(letter.layer, scores, letter.source);
+  scheduler_.predict(origin.layer, scores, origin.source);
   start_fills();
 }
 

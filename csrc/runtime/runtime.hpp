@@ -19,11 +19,11 @@
 #include "base/trace.hpp"
 #include "compute/layer_compute.hpp"
 #include "device/buffer.hpp"
-#include "device/copy_engine.hpp"
+#include "device/copy/copy_engine.hpp"
 #include "device/device.hpp"
 #include "runtime/pinned_store.hpp"
 #include "runtime/routed_rows.hpp"
-#include "runtime/score_mailbox.hpp"
+#include "runtime/score_readback.hpp"
 #include "schedule/scheduler.hpp"
 #include "store/expert_store.hpp"
 
@@ -38,7 +38,7 @@ struct RuntimeOptions {
   std::string device = "host";   ///< or "cuda:<index>"
   CopyOptions link;
   std::uint64_t pinned_memory_bytes = 0;  ///< of blobs to hold in pinned memory, if it can be had
-  FillProgress pinned_progress;           ///< told while these are read
+  FillProgress pinned_progress;           ///< called while these are read
   PolicyNames policies;
   std::size_t trace_spans = 0;  ///< the latest spans of time to keep; 0: none
 };
@@ -108,11 +108,11 @@ class Runtime {
   /// Whether each expert is resident or being filled, [layer, expert]: 1 or 0.
   [[nodiscard]] std::vector<std::uint8_t> residency() const;
 
-  /// What the measured costs of the machine allow from now on.
+  /// Sets the limits that the measured costs of the machine allow from now on.
   /// @throws InvalidArgument if there is neither no budget nor one for each layer.
   void set_limits(const PrefetchLimits& limits);
 
-  /// Records every need from now on, or none. Starting forgets the record before.
+  /// Records every access from now on, or none. Starting forgets the record before.
   void record_routing(bool on);
   [[nodiscard]] RoutingTrace recorded_routing() const;
 
@@ -136,7 +136,7 @@ class Runtime {
 
   [[nodiscard]] RuntimeStats stats() const;
 
-  /// Refuses calls from now on, waits for the running `forward`, ends the copies under way, and
+  /// Refuses calls from now on, waits for the running `forward`, ends the copies in flight, and
   /// gives back all threads, memory and the store. May be called twice. Does nothing in a forked
   /// child.
   void close();
@@ -153,14 +153,14 @@ class Runtime {
   const std::string& note_loss();
   void run_layer(std::uint16_t layer, const LayerArgs& args);
   [[nodiscard]] const ExpertStore& blobs() const;
-  void on_scores(const ScoreMailbox::Letter& letter, std::span<const float> scores);
+  void on_scores(const ScoreReadback::Origin& origin, std::span<const float> scores);
   [[nodiscard]] std::span<const std::int64_t> fetch_index(std::uint16_t layer,
                                                           const LayerArgs& args);
-  void run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
+  void run_accessed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
   void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
                      std::uintptr_t consumer);
   static void throw_failure(std::string& failure);
-  void finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s);
+  void finish_span(Track track, std::uint16_t layer, double start_s, double& total_s);
   void start_fills();
   void on_completion(const Completion& completion);
   void end_fill(const Completion& completion);
@@ -191,7 +191,7 @@ class Runtime {
   Scheduler scheduler_;
   std::vector<LayerStats> timings_;  // stall_s and compute_s, by layer
   TraceRing trace_;
-  std::string need_failure_;       // why the running need cannot end
+  std::string access_failure_;     // why the running access cannot end
   std::string spoiled_;            // why what was computed before does not stand
   std::vector<EventId> last_use_;  // by slot: its next fill waits for that
   std::uint64_t iterations_ = 0;
@@ -207,7 +207,7 @@ class Runtime {
   std::vector<SlotCopy> copies_;  // being started
   std::unique_ptr<Buffer> pool_;
   std::unique_ptr<CopyEngine> engine_;  // until `close`
-  std::shared_ptr<ScoreMailbox> mailbox_;
+  std::shared_ptr<ScoreReadback> readback_;
 };
 
 }  // namespace spmoe

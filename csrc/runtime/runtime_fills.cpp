@@ -47,10 +47,10 @@ void Runtime::end_fill(const Completion& completion) {
   const FillOutcome outcome = completion.outcome == Outcome::arrived     ? FillOutcome::arrived
                               : completion.outcome == Outcome::cancelled ? FillOutcome::cancelled
                                                                          : FillOutcome::failed;
-  if (const Spoiled spoiled = scheduler_.progress(slot, outcome, completion.bytes_moved);
-      spoiled != Spoiled::nothing) {
+  if (const FailureScope spoiled = scheduler_.progress(slot, outcome, completion.bytes_moved);
+      spoiled != FailureScope::nothing) {
     const std::string& loss = note_loss();
-    (spoiled == Spoiled::need ? need_failure_ : spoiled_) =
+    (spoiled == FailureScope::access ? access_failure_ : spoiled_) =
         "could not fill " + store_->describe(expert) + ": " + completion.error + "; " +
         (loss.empty() ? "the request fails, the next one reads it again" : loss);
   }
@@ -58,7 +58,7 @@ void Runtime::end_fill(const Completion& completion) {
   double& last_end_s = last_end_s_[demand ? 1 : 0];
   const double start_s = std::max(to_seconds(completion.submitted), last_end_s);
   last_end_s = now_s();
-  trace_.push({demand ? Lane::demand : Lane::prefetch, expert, start_s, last_end_s,
+  trace_.push({demand ? Track::demand : Track::prefetch, expert, start_s, last_end_s,
                static_cast<std::uint32_t>(scheduler_.fills().queue().size())});
   arrived_.notify_all();
 }

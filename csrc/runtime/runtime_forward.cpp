@@ -5,7 +5,7 @@
 #include "base/error.hpp"
 #include "runtime/runtime.hpp"
 
-// One layer: what it needs, what of that is ready, and what has to be waited for.
+// One access of a layer: which of its experts are ready, and which have to be waited for.
 namespace spmoe {
 namespace {
 
@@ -34,12 +34,12 @@ void Runtime::run_layer(std::uint16_t layer, const LayerArgs& args) {
 
   std::unique_lock lock{mutex_};
   throw_failure(spoiled_);
-  need_failure_.clear();
+  access_failure_.clear();
   try {
-    run_needed(lock, layer, args);
+    run_accessed(lock, layer, args);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
-    scheduler_.abandon_need();
+    scheduler_.abandon_access();
     throw;
   }
   lock.unlock();
@@ -63,7 +63,7 @@ std::span<const std::int64_t> Runtime::fetch_index(std::uint16_t layer, const La
   device_->wait(
       device_->read_back(index_->data(), args.top_k_index, bytes, args.consumer, HostWait::spin));
   const std::scoped_lock lock{mutex_};
-  if (behind) finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
+  if (behind) finish_span(Track::wait, layer, start_s, timings_[layer].stall_s);
   return {reinterpret_cast<const std::int64_t*>(index_->data()), count};
 }
 
@@ -71,9 +71,9 @@ void Runtime::throw_failure(std::string& failure) {
   if (!failure.empty()) throw DeviceError{std::exchange(failure, {})};
 }
 
-void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
-                         const LayerArgs& args) {
-  scheduler_.need(layer, rows_.experts(), rows_.counts(), args.tokens);
+void Runtime::run_accessed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
+                           const LayerArgs& args) {
+  scheduler_.access(layer, rows_.experts(), rows_.counts(), args.tokens);
   start_fills();
   for (std::size_t computed = 0; computed < rows_.experts().size();) {
     ready_.clear();
@@ -82,13 +82,13 @@ void Runtime::run_needed(std::unique_lock<std::mutex>& lock, std::uint16_t layer
       computed += ready_.size();
       compute_ready(lock, layer, args.consumer);
     } else {
-      throw_failure(need_failure_);
+      throw_failure(access_failure_);
       const double start_s = now_s();
       arrived_.wait(lock);
-      finish_span(Lane::wait, layer, start_s, timings_[layer].stall_s);
+      finish_span(Track::wait, layer, start_s, timings_[layer].stall_s);
     }
   }
-  throw_failure(need_failure_);
+  throw_failure(access_failure_);
 }
 
 void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
@@ -109,7 +109,7 @@ void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t la
     compute_->run(tasks_);
     const EventId used = device_->record_event(consumer);
     lock.lock();
-    finish_span(Lane::compute, layer, start_s, timings_[layer].compute_s);
+    finish_span(Track::compute, layer, start_s, timings_[layer].compute_s);
     for (std::size_t i = first; i < last; ++i) {
       last_use_[ready_[i].slot] = used;
       scheduler_.computed(ready_[i].expert);
@@ -118,10 +118,10 @@ void Runtime::compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t la
   }
 }
 
-void Runtime::finish_span(Lane lane, std::uint16_t layer, double start_s, double& total_s) {
+void Runtime::finish_span(Track track, std::uint16_t layer, double start_s, double& total_s) {
   const double end_s = now_s();
   total_s += end_s - start_s;
-  trace_.push({lane,
+  trace_.push({track,
                {layer, Span::whole_layer},
                start_s,
                end_s,

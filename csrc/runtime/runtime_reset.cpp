@@ -19,7 +19,7 @@ void Runtime::reset() {
   scheduler_ = Scheduler{scheduler_.foresight().shape, policies_};
   std::ranges::fill(timings_, LayerStats{});
   trace_.clear();
-  need_failure_.clear();
+  access_failure_.clear();
   spoiled_.clear();
   iterations_ = accepted_ = dropped_predictions_ = 0;
   link_before_ = engine_->stats();

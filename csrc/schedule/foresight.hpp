@@ -24,7 +24,7 @@ class Foresight {
   /// @throws InvalidArgument if it is of a model of another shape.
   void replay(RoutingTrace trace);
 
-  /// From now on every need is recorded, or none is. Starting forgets the record before.
+  /// From now on every access is recorded, or none is. Starting forgets the record before.
   void record(bool on);
   [[nodiscard]] const RoutingTrace& recorded() const noexcept { return recorded_; }
 

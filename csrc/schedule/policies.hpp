@@ -6,8 +6,8 @@
 #include <string>
 #include <string_view>
 
-#include "schedule/eviction_policy.hpp"
-#include "schedule/prefetch_policy.hpp"
+#include "schedule/eviction/eviction_policy.hpp"
+#include "schedule/prefetch/prefetch_policy.hpp"
 
 namespace spmoe {
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "schedule/prefetch_policy.hpp"
+#include "schedule/prefetch/prefetch_policy.hpp"
 
 namespace spmoe {
 
@@ -38,7 +38,7 @@ void PredictionStats::observe(std::uint16_t layer, std::span<const std::uint16_t
   for (const std::uint16_t expert : experts) needed[expert] = 1;
   if (!predicted) return;
   const std::span critical = row(critical_, layer);
-  stats.predicted_needs += experts.size();
+  stats.predicted_accesses += experts.size();
   for (const std::uint16_t expert : experts) {
     stats.recalled += critical[expert] == 1 ? 1 : 0;
     stats.recalled_2k += critical[expert] != 0 ? 1 : 0;

@@ -32,8 +32,8 @@ void RoutingTrace::append(std::uint16_t layer, std::span<const std::uint16_t> ex
 
 bool RoutingTrace::advance(std::uint16_t layer, std::span<const std::uint16_t> experts) {
   if (next_ < needs_.size()) {
-    const Need need = upcoming(0);
-    if (need.layer == layer && std::ranges::equal(need.experts, experts)) {
+    const Access access = upcoming(0);
+    if (access.layer == layer && std::ranges::equal(access.experts, experts)) {
       for (const std::uint16_t expert : experts) ++passed_[place({layer, expert})];
       ++next_;
       return true;
@@ -48,7 +48,7 @@ void RoutingTrace::rewind() noexcept {
   std::ranges::fill(passed_, std::size_t{0});
 }
 
-RoutingTrace::Need RoutingTrace::upcoming(std::size_t i) const {
+RoutingTrace::Access RoutingTrace::upcoming(std::size_t i) const {
   const Entry& entry = needs_.at(next_ + i);
   return {entry.layer, std::span{experts_}.subspan(entry.begin, entry.end - entry.begin)};
 }

@@ -20,27 +20,27 @@ class RoutingTrace {
   [[nodiscard]] std::uint16_t layer_count() const noexcept { return layer_count_; }
   [[nodiscard]] std::uint16_t expert_count() const noexcept { return expert_count_; }
 
-  /// Appends one need: distinct experts of `layer`, in the order of the run.
+  /// Appends one access: distinct experts of `layer`, in the order of the run.
   /// @throws InvalidArgument if the model has no such expert; the trace is unchanged.
   void append(std::uint16_t layer, std::span<const std::uint16_t> experts);
 
-  /// The replay's next need begins: it should be the next of the trace.
+  /// The replay's next access begins: it should be the next of the trace.
   /// Returns whether it is; if not, the replay has left the trace and nothing more is known.
   bool advance(std::uint16_t layer, std::span<const std::uint16_t> experts);
 
   void rewind() noexcept;  ///< back to the start
 
-  /// Needs to come, the running one not counted.
+  /// Accesses to come, the running one not counted.
   [[nodiscard]] std::size_t remaining() const noexcept { return needs_.size() - next_; }
 
-  /// The i-th need to come.
-  struct Need {
+  /// The i-th access to come.
+  struct Access {
     std::uint16_t layer;
     std::span<const std::uint16_t> experts;
   };
-  [[nodiscard]] Need upcoming(std::size_t i) const;
+  [[nodiscard]] Access upcoming(std::size_t i) const;
 
-  /// Needs from now until the expert's next use, 0 being the next one; `never` if there is none.
+  /// Accesses from now until the expert's next use, 0 being the next one; `never` if there is none.
   [[nodiscard]] std::size_t next_use(ExpertId expert) const;
 
  private:
@@ -56,8 +56,8 @@ class RoutingTrace {
   std::uint16_t layer_count_;
   std::uint16_t expert_count_;
   std::vector<Entry> needs_;
-  std::vector<std::uint16_t> experts_;          // of all needs, one behind the other
-  std::vector<std::vector<std::size_t>> uses_;  // [layer, expert]: indices of needs, ascending
+  std::vector<std::uint16_t> experts_;          // of all accesses, one behind the other
+  std::vector<std::vector<std::size_t>> uses_;  // [layer, expert]: indices of accesses, ascending
   std::vector<std::size_t> passed_;             // [layer, expert]: uses before `next_`
   std::size_t next_ = 0;
 };

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-// Predictions and needs: leases, and the fills that wait for them.
+// Predictions and accesses: leases, and the fills that wait for them.
 namespace spmoe {
 namespace {
 
@@ -56,8 +56,8 @@ void Scheduler::predict(std::span<const ExpertId> experts) {
   }
 }
 
-void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts,
-                     std::span<const std::uint32_t> rows, std::uint32_t tokens) {
+void Scheduler::access(std::uint16_t layer, std::span<const std::uint16_t> experts,
+                       std::span<const std::uint32_t> rows, std::uint32_t tokens) {
   LayerStats& stats = fills_->stats(layer);
   if (rows.empty()) rows = std::span{one_row_}.first(experts.size());
   iterating_ = true;
@@ -87,7 +87,7 @@ void Scheduler::need(std::uint16_t layer, std::span<const std::uint16_t> experts
   forget_predictions(layer);
   prediction_stats_.observe(layer, experts, foresight_->forecast.predicted(layer), stats);
   foresight_->observe(layer, experts, rows, tokens);
-  prefetch_->on_need(layer, experts, fills_->queue());
+  prefetch_->on_access(layer, experts, fills_->queue());
   for (SlotIndex slot = 0; slot < shape_.slot_count; ++slot) {
     if (fills_->slots()[slot].expert.layer == layer) cancel_unless_kept(slot);
   }
@@ -141,7 +141,7 @@ void Scheduler::computed(std::uint16_t expert) {
   fills_->release(fills_->slots().find({layer_, expert}).value());
 }
 
-void Scheduler::abandon_need() {
+void Scheduler::abandon_access() {
   for (std::uint16_t expert = 0; expert < shape_.expert_count; ++expert) {
     const Want want = std::exchange(wants_[expert], Want::none);
     const ExpertId id{layer_, expert};

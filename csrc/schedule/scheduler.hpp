@@ -30,10 +30,10 @@ enum class FillOutcome : std::uint8_t {
 };
 
 /// Whose results a failed fill spoils.
-enum class Spoiled : std::uint8_t {
+enum class FailureScope : std::uint8_t {
   nothing,
-  need,    ///< those of the running need, which cannot end
-  results  ///< of a need that has ended, or an expert of the running one that was computed
+  access,  ///< those of the running access, which cannot end
+  results  ///< of an access that has ended, or an expert of the running one that was computed
 };
 
 /// An expert that may be computed now, leased until `computed` is called for it.
@@ -51,8 +51,8 @@ struct ReadyExpert {
 /// It holds decisions and leases. `FillTable` holds the state of each fill and slot, `Foresight`
 /// what policies know, `PredictionStats` counts how predictions come true.
 ///
-/// One need at a time: `need` opens it, `take_ready` and `computed` consume it, and it ends when
-/// every expert has been computed or by `abandon_need`. Meanwhile `FillTable::next_change`,
+/// One access at a time: `access` opens it, `take_ready` and `computed` consume it, and it ends
+/// when every expert has been computed or by `abandon_access`. Meanwhile `FillTable::next_change`,
 /// `next_fill` and `progress` move the transfers on. Where compute can be ordered behind a fill,
 /// `FillOutcome::issued` makes its expert ready before it has arrived.
 ///
@@ -84,18 +84,18 @@ class Scheduler {
   /// become demands, ahead of every prefetch. In a pass of a prompt (more than 32 tokens, or all
   /// experts of the layer), those of the next layer are read ahead into spare slots.
   /// @param rows of each expert, `tokens` in all; empty: one each.
-  void need(std::uint16_t layer, std::span<const std::uint16_t> experts,
-            std::span<const std::uint32_t> rows = {}, std::uint32_t tokens = 1);
+  void access(std::uint16_t layer, std::span<const std::uint16_t> experts,
+              std::span<const std::uint32_t> rows = {}, std::uint32_t tokens = 1);
 
-  /// Appends the experts of the running need that became ready since the last call, in the order
+  /// Appends the experts of the running access that became ready since the last call, in the order
   /// in which they arrived.
   void take_ready(std::vector<ReadyExpert>& ready);
 
-  /// Compute has finished with an expert of the running need: its lease ends.
+  /// Compute has finished with an expert of the running access: its lease ends.
   void computed(std::uint16_t expert);
 
-  /// Gives the running need up: ends its leases and takes its demands back.
-  void abandon_need();
+  /// Gives the running access up: ends its leases and takes its demands back.
+  void abandon_access();
 
   /// The next fill to start, with its slot assigned, or none: nothing waits, or every slot is
   /// leased, being filled or worth more than what waits. Demands come first. Changes of fills in
@@ -107,7 +107,7 @@ class Scheduler {
   /// @param bytes_moved of a fill that was cancelled or failed.
   /// @return of a failure, what it spoils. A prefetch that is needed becomes a demand, and spoils
   ///         nothing.
-  Spoiled progress(SlotIndex slot, FillOutcome outcome, std::uint64_t bytes_moved = 0);
+  FailureScope progress(SlotIndex slot, FillOutcome outcome, std::uint64_t bytes_moved = 0);
 
   /// The iteration is over: predictions that were not used lose their protection, and prefetches
   /// for layers that did not run are cancelled.
@@ -124,15 +124,15 @@ class Scheduler {
  private:
   enum class Want : std::uint8_t { none, waiting, leased };
 
-  [[nodiscard]] bool waited_for(ExpertId expert) const;  // by the running need
+  [[nodiscard]] bool waited_for(ExpertId expert) const;  // by the running access
   void become_ready(SlotIndex slot);
   void forget_predictions(std::uint16_t layer);
   void cancel_unless_kept(SlotIndex slot);
   void read_ahead(std::uint16_t layer);
   void finish_fill(SlotIndex slot);
-  Spoiled fail_fill(SlotIndex slot, std::uint64_t bytes_moved);
+  FailureScope fail_fill(SlotIndex slot, std::uint64_t bytes_moved);
   [[nodiscard]] std::optional<SlotIndex> find_victim(FillKind incoming);
-  void keep_latest_needed();  // of the candidates
+  void keep_latest_used();  // of the candidates
   [[nodiscard]] bool may_evict(const TransferQueue::Entry& incoming, SlotIndex victim) const;
   [[nodiscard]] std::size_t find_startable(FillKind at_least);
 
@@ -143,7 +143,7 @@ class Scheduler {
   std::unique_ptr<PrefetchPolicy> prefetch_;
   PredictionStats prediction_stats_;
   bool iterating_ = false;   // something was predicted or needed since the last iteration's end
-  std::uint16_t layer_ = 0;  // of the running or the last need
+  std::uint16_t layer_ = 0;  // of the running or the last access
   std::uint16_t next_layer_ = 0;  // that will be needed next: what `layer_` needs is leased
   static constexpr std::uint16_t no_layer = 0xFFFF;
   std::uint16_t ahead_layer_ = no_layer;  // of the running prompt, being read ahead

@@ -23,14 +23,14 @@ std::optional<SlotIndex> Scheduler::find_victim(FillKind incoming) {
       if (spare_kept && (*fills_)[slot].kept_for_pass) continue;
       candidates_.push_back({slot, it.expert});
     }
-    if (!spare_kept) keep_latest_needed();
+    if (!spare_kept) keep_latest_used();
     if (!candidates_.empty()) return eviction_->victim(candidates_, next_layer_);
     if (incoming == FillKind::prefetch) break;
   }
   return std::nullopt;
 }
 
-void Scheduler::keep_latest_needed() {
+void Scheduler::keep_latest_used() {
   const auto layers_until_use = [this](const Candidate& c) {
     return (c.resident.layer + shape_.layer_count - next_layer_) % shape_.layer_count;
   };
@@ -90,13 +90,13 @@ void Scheduler::cancel_unless_kept(SlotIndex slot) {
   if (!waited_for(expert) && !prefetch_->keeps(expert)) fills_->cancel(slot);
 }
 
-Spoiled Scheduler::progress(SlotIndex slot, FillOutcome outcome, std::uint64_t bytes_moved) {
+FailureScope Scheduler::progress(SlotIndex slot, FillOutcome outcome, std::uint64_t bytes_moved) {
   const ExpertId expert = fills_->slots()[slot].expert;
   if (outcome == FillOutcome::issued) {
-    if (!fills_->issue(slot)) return Spoiled::nothing;
+    if (!fills_->issue(slot)) return FailureScope::nothing;
     eviction_->on_fill(slot, expert);
     if (waited_for(expert)) become_ready(slot);
-    return Spoiled::nothing;
+    return FailureScope::nothing;
   }
   const bool whole = outcome == FillOutcome::arrived;
   foresight_->limits.moved_bytes += whole ? shape_.blob_bytes : bytes_moved;
@@ -109,7 +109,7 @@ Spoiled Scheduler::progress(SlotIndex slot, FillOutcome outcome, std::uint64_t b
     fills_->abort(slot, bytes_moved);
     if (waited_for(expert)) fills_->queue().push(expert, FillKind::demand);
   }
-  return Spoiled::nothing;
+  return FailureScope::nothing;
 }
 
 void Scheduler::finish_fill(SlotIndex slot) {
@@ -122,21 +122,21 @@ void Scheduler::finish_fill(SlotIndex slot) {
   if (waited_for(expert)) become_ready(slot);
 }
 
-Spoiled Scheduler::fail_fill(SlotIndex slot, std::uint64_t bytes_moved) {
+FailureScope Scheduler::fail_fill(SlotIndex slot, std::uint64_t bytes_moved) {
   const ExpertId expert = fills_->slots()[slot].expert;
   const FillRecord fill = (*fills_)[slot];
   const bool leased = fills_->slots()[slot].leases > 0;
-  const Spoiled spoiled = leased                          ? Spoiled::need
-                          : fill.state == FillState::read ? Spoiled::results
-                                                          : Spoiled::nothing;
+  const FailureScope spoiled = leased                          ? FailureScope::access
+                               : fill.state == FillState::read ? FailureScope::results
+                                                               : FailureScope::nothing;
   fills_->abort(slot, bytes_moved);
   if (!waited_for(expert)) return spoiled;
   if (fill.kind == FillKind::prefetch) {
-    fills_->queue().push(expert, FillKind::demand);  // only a read of its own can fail a need
-    return Spoiled::nothing;
+    fills_->queue().push(expert, FillKind::demand);  // only a read of its own can fail an access
+    return FailureScope::nothing;
   }
   wants_[expert.expert] = Want::none;
-  return Spoiled::need;
+  return FailureScope::access;
 }
 
 }  // namespace spmoe

@@ -33,15 +33,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from spmoe.bench.verification import Verification, verify
+    from spmoe.decoding.generation import Generation
     from spmoe.engine import Engine
     from spmoe.errors import CheckpointError, DeviceError, Error, InvalidArgument, OutOfMemory
-    from spmoe.generation import Generation
     from spmoe.loader import load
-    from spmoe.metrics import Metrics
     from spmoe.policies import Policy
+    from spmoe.reporting.metrics import Metrics
     from spmoe.runtime import Runtime
     from spmoe.store import open_store
-    from spmoe.verification import Verification, verify
 
     __version__: str
 else:
@@ -56,13 +56,13 @@ else:
             "InvalidArgument",
             "OutOfMemory",
         ),
-        "spmoe.generation": ("Generation",),
+        "spmoe.decoding.generation": ("Generation",),
         "spmoe.loader": ("load",),
-        "spmoe.metrics": ("Metrics",),
+        "spmoe.reporting.metrics": ("Metrics",),
         "spmoe.policies": ("Policy",),
         "spmoe.runtime": ("Runtime",),
         "spmoe.store": ("open_store",),
-        "spmoe.verification": ("Verification", "verify"),
+        "spmoe.bench.verification": ("Verification", "verify"),
     }
     _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

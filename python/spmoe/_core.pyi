@@ -145,7 +145,7 @@ class Counters:
         Experts that layers asked for.
         """
     @property
-    def predicted_needs(self) -> int:
+    def predicted_accesses(self) -> int:
         ...
     @property
     def predictions(self) -> int:
@@ -233,7 +233,7 @@ class Runtime:
         ...
     def spans(self) -> list:
         """
-        The latest spans: (lane, layer, expert or None, start_s, end_s, queue_depth).
+        The latest spans: (track, layer, expert or None, start_s, end_s, queue_depth).
         """
     def stats(self, by_layer: bool = True) -> dict:
         ...

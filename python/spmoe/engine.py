@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 import torch
 
-from spmoe import predictor, speculative
-from spmoe.closeable import Closeable
 from spmoe.config import check_draft_length, format_bytes
-from spmoe.costs import Costs
+from spmoe.costs.costs import Costs
+from spmoe.costs.memory_plan import MemoryPlan
+from spmoe.decoding import speculative
+from spmoe.decoding.generation import Generation, check_max_new_tokens, check_stop, write
+from spmoe.decoding.planner import Planner
+from spmoe.decoding.prior import Shape
+from spmoe.decoding.request import Request
+from spmoe.decoding.turns import Turns
 from spmoe.errors import Error, InvalidArgument
-from spmoe.generation import Generation, check_max_new_tokens, check_stop, write
-from spmoe.layer_map import LayerMap
-from spmoe.memory_plan import MemoryPlan
-from spmoe.metrics import Course, Metrics, summarise
 from spmoe.models.cache_support import cache_support
 from spmoe.models.cached import CausalLM, context_length
 from spmoe.models.experts import attach
@@ -26,12 +27,12 @@ from spmoe.models.loading import TargetModel
 from spmoe.models.processors import set_aside
 from spmoe.models.text import Prompt, Tokenizer, encode
 from spmoe.models.writer import TextWriter
-from spmoe.planner import Planner
-from spmoe.prior import Shape
-from spmoe.request import Request
+from spmoe.prediction import predictor
+from spmoe.prediction.layer_map import LayerMap
+from spmoe.reporting.metrics import Course, Metrics, summarise
+from spmoe.reporting.trace import Phase
 from spmoe.runtime import Runtime
-from spmoe.trace import Phase
-from spmoe.turns import Turns
+from spmoe.system.closeable import Closeable
 
 log = logging.getLogger("spmoe")
 

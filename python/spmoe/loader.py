@@ -10,18 +10,18 @@ from os import PathLike
 import torch
 
 from spmoe.arguments import check_model
+from spmoe.costs.estimate import estimate
+from spmoe.costs.memory_plan import plan_memory
+from spmoe.costs.profile import Fingerprint, known_costs, known_layer_map
+from spmoe.decoding.pairing import check_pairing
 from spmoe.engine import Engine
-from spmoe.estimate import estimate
-from spmoe.expert_memory import free_bytes
-from spmoe.memory_plan import plan_memory
 from spmoe.models.cache_support import cache_support, why_not_draft
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
-from spmoe.out_of_memory import out_of_memory
-from spmoe.pairing import check_pairing
 from spmoe.policies import DEFAULT, Policy
-from spmoe.profile import Fingerprint, known_costs, known_layer_map
-from spmoe.progress import Progress, Steps, silent
+from spmoe.reporting.progress import Progress, Steps, silent
 from spmoe.settings import Settings, check_dtype
+from spmoe.system.expert_memory import free_bytes
+from spmoe.system.out_of_memory import out_of_memory
 
 log = logging.getLogger("spmoe")
 
@@ -54,7 +54,7 @@ def load(
             decodes plainly. Changes speed, never the text.
         expert_memory: Memory for experts: "auto", "25%" of all, "6GiB", or bytes. "auto" is what
             fits: what is free on the device, less the models' other weights, their caches at
-            ``max_context`` tokens, scratch and a reserve; see `spmoe.memory_plan.MemoryPlan`.
+            ``max_context`` tokens, scratch and a reserve; see `spmoe.costs.memory_plan.MemoryPlan`.
         device: Of all that computes: "host", "cuda", "cuda:<index>", or "auto": CUDA where it can
             be used.
         pinned_memory: Experts to hold in page-locked RAM, from which a CUDA device copies at full

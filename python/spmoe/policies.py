@@ -31,8 +31,8 @@ class Traits:
         default_eviction: Where neither an eviction nor "auto" is asked for: the one of least
             traffic.
         reads: Models whose states its predictions are made from.
-        limited_by: Member of `spmoe.planner.Plan` that says whether a prediction is of any use
-            to it; None: each one is.
+        limited_by: Member of `Plan` in decoding/planner.py that says whether a prediction is of
+            any use to it; None: each one is.
         replays: It has to be given the routing to come; see `Runtime.replay_routing`.
     """
 

@@ -14,12 +14,8 @@ import torch
 
 from spmoe import _core
 from spmoe.arguments import choice, real_number, shown, whole_number
-from spmoe.closeable import Closeable, close_at_exit, working
 from spmoe.config import MAX_ROWS, format_bytes
-from spmoe.counters import Counters
 from spmoe.errors import InvalidArgument
-from spmoe.expert_memory import expert_budget
-from spmoe.pinned import pinned_budget
 from spmoe.policies import (
     BASELINE,
     EVICTIONS,
@@ -30,8 +26,12 @@ from spmoe.policies import (
     Source,
     eviction_of,
 )
-from spmoe.progress import Progress, silent
+from spmoe.reporting.counters import Counters
+from spmoe.reporting.progress import Progress, silent
 from spmoe.settings import RuntimeSettingNames, Settings
+from spmoe.system.closeable import Closeable, close_at_exit, working
+from spmoe.system.expert_memory import expert_budget
+from spmoe.system.pinned import pinned_budget
 
 __all__ = ["EVICTIONS", "POLICIES", "Runtime"]
 
@@ -355,7 +355,7 @@ class Runtime(Closeable):
         budget_bytes: Sequence[int] = (),
         break_even: float = 0.5,
     ) -> None:
-        """Set what the measured costs of this machine allow; see `spmoe.cutoff`.
+        """Set what the measured costs of this machine allow; see `spmoe.costs.cutoff`.
 
         Each policy reads those that concern it; see docs/policies.md.
 
@@ -397,9 +397,9 @@ class Runtime(Closeable):
         )
 
     def spans(self) -> list[tuple[str, int, int | None, float, float, int]]:
-        """Return the latest spans: (lane, layer, expert, start_s, end_s, queue depth), in order.
+        """Return the latest spans: (track, layer, expert, start_s, end_s, queue depth), in order.
 
-        Lanes are "compute", "wait", "demand" and "prefetch"; the first two concern whole layers.
+        Tracks are "compute", "wait", "demand" and "prefetch"; the first two concern whole layers.
         Seconds are those of `time.perf_counter`.
         """
         return self._native.spans()

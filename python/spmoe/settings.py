@@ -9,9 +9,9 @@ import torch
 
 from spmoe.arguments import whole_number
 from spmoe.config import check_draft_length, check_link_gbps, check_memory
-from spmoe.devices import native_name, resolve_device
 from spmoe.errors import InvalidArgument
 from spmoe.policies import DEFAULT, Policy, Traits, eviction_of, traits_of
+from spmoe.system.devices import native_name, resolve_device
 
 MOST_SPANS = 1 << 24
 

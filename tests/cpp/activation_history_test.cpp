@@ -27,7 +27,7 @@ void request(ActivationHistory& history, const Experts& experts) {
 TEST(ActivationHistory, knows_nothing_before_there_is_a_past_request_and_a_layer_ran) {
   ActivationHistory history{shape};
   history.observe(0, Experts{1}, Rows{1});
-  EXPECT_EQ(history.share({0, 1}), 0.0F);  // the request under way is not its own past
+  EXPECT_EQ(history.share({0, 1}), 0.0F);  // the request in flight is not its own past
   history.begin_request();
   EXPECT_EQ(history.share({0, 1}), 0.0F);
   history.observe(0, Experts{1}, Rows{1});
@@ -46,7 +46,7 @@ TEST(ActivationHistory, share_is_the_expert_s_part_of_its_layer_s_rows) {
   EXPECT_EQ(history.share({1, 2}), 0.0F);  // that layer did not run
 }
 
-TEST(ActivationHistory, the_nearest_request_changes_with_what_the_one_under_way_does) {
+TEST(ActivationHistory, the_nearest_request_changes_with_what_the_running_one_does) {
   ActivationHistory history{shape};
   request(history, {0, 1});
   request(history, {4, 5});

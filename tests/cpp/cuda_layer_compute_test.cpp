@@ -1,5 +1,5 @@
 // The CUDA kernels on a GPU, against the host's; `emulated` holds what needs none.
-#include "compute/cuda_layer_compute.hpp"
+#include "compute/cuda/cuda_layer_compute.hpp"
 
 #include <gtest/gtest.h>
 
@@ -11,15 +11,15 @@
 #include <vector>
 
 #include "device/buffer.hpp"
-#include "device/copy_engine.hpp"
-#include "device/cuda_device.hpp"
+#include "device/copy/copy_engine.hpp"
+#include "device/cuda/cuda_device.hpp"
 #include "expert_layouts.hpp"
 #include "random_expert.hpp"
 
 namespace spmoe {
 namespace {
 
-/// How far results may lie apart that only sums, and then perhaps the last rounding, tell apart.
+/// The most by which results differ whose sums have another order, last rounding included.
 float rounding_of(DType dtype) {
   switch (dtype) {
     case DType::f32: return 2e-5F;

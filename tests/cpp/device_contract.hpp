@@ -20,9 +20,9 @@
 
 #include "base/error.hpp"
 #include "device/buffer.hpp"
-#include "device/copy_engine.hpp"
+#include "device/copy/copy_engine.hpp"
+#include "device/copy/faulty_movers.hpp"
 #include "device/device.hpp"
-#include "device/faulty_movers.hpp"
 #include "message_of.hpp"
 #include "temp_file.hpp"
 
@@ -107,7 +107,7 @@ class Link {
     return next_end();
   }
 
-  /// What the engine has called back and the test has not taken, `issued` included.
+  /// Completions that the engine has reported and the test has not taken, `issued` included.
   [[nodiscard]] std::deque<Completion> untaken() {
     const std::scoped_lock lock{mutex_};
     return completions_;

@@ -1,4 +1,4 @@
-#include "schedule/eviction_policy.hpp"
+#include "schedule/eviction/eviction_policy.hpp"
 
 #include <gtest/gtest.h>
 
@@ -220,7 +220,7 @@ TEST(EvictionPolicies, of_every_row_of_prefetching_are_there) {
     const PolicyNames best{.eviction = std::string{row.default_eviction}};
     EXPECT_EQ(eviction_policy(own).name, row.eviction);
     EXPECT_EQ(eviction_policy(best).name, row.default_eviction);
-    EXPECT_EQ(eviction_policy(own).replays, row.replays);  // both are told, or neither
+    EXPECT_EQ(eviction_policy(own).replays, row.replays);  // both are reported, or neither
   }
 }
 
@@ -360,7 +360,7 @@ TEST(PredictedUse, goes_by_frequency_where_nothing_is_predicted) {
 TEST(PredictedUse, of_equals_evicts_the_layer_that_runs_again_latest) {
   Made policy{"predicted-use", 2};
   UseForecast& forecast = policy.world.forecast;
-  // A prompt that used none of them leaves nothing to tell them apart by.
+  // A prompt that used none of them leaves nothing to distinguish them apart by.
   for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
     forecast.observe(layer, {}, {}, 100);
   }

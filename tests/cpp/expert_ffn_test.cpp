@@ -15,8 +15,8 @@
 
 #include "allocation_counter.hpp"
 #include "base/error.hpp"
-#include "compute/host_kernel.hpp"
-#include "compute/thread_team.hpp"
+#include "compute/host/host_kernel.hpp"
+#include "compute/host/thread_team.hpp"
 #include "message_of.hpp"
 #include "random_expert.hpp"
 

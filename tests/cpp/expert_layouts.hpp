@@ -2,7 +2,7 @@
 
 #include "base/blob.hpp"
 
-/// What the CUDA kernels are run over, emulated or not.
+/// Layouts that the CUDA kernels are run over, emulated or not.
 namespace spmoe {
 
 struct Layout {

@@ -254,7 +254,7 @@ TEST_F(ExpertStoreTest, transposed_tensors_with_biases_are_cut_into_experts) {
   expect_blobs(*store, checkpoint);
 }
 
-TEST_F(ExpertStoreTest, shapes_alone_tell_plain_from_transposed) {
+TEST_F(ExpertStoreTest, shapes_alone_distinguish_plain_from_transposed) {
   for (std::uint32_t h = 1; h <= 6; ++h) {
     for (std::uint32_t i = 1; i <= 6; ++i) {
       for (const bool transposed : {false, true}) {

@@ -1,4 +1,4 @@
-#include "device/held_movers.hpp"
+#include "device/copy/held_movers.hpp"
 
 #include <gtest/gtest.h>
 
@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "device/faulty_movers.hpp"
-#include "device/paced_movers.hpp"
+#include "device/copy/faulty_movers.hpp"
+#include "device/copy/paced_movers.hpp"
 
 namespace spmoe {
 namespace {

@@ -1,4 +1,4 @@
-#include "device/host_device.hpp"
+#include "device/host/host_device.hpp"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "device/faulty_movers.hpp"
+#include "device/copy/faulty_movers.hpp"
 #include "fake_store.hpp"
 #include "runtime/runtime.hpp"
 
@@ -122,7 +122,7 @@ inline std::vector<std::vector<float>> run(Runtime& runtime, const std::vector<L
   return outs;
 }
 
-/// What `conversation(seed)` gives with everything resident, one thread at each place.
+/// Result of `conversation(seed)` with everything resident, one thread at each place.
 inline const std::vector<std::vector<float>>& plain_outputs(std::uint32_t seed) {
   static std::vector<std::pair<std::uint32_t, std::vector<std::vector<float>>>> known;
   for (const auto& [of, outs] : known) {

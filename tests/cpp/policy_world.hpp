@@ -4,7 +4,7 @@
 #include <span>
 #include <vector>
 
-#include "schedule/prefetch_policy.hpp"
+#include "schedule/prefetch/prefetch_policy.hpp"
 
 namespace spmoe {
 

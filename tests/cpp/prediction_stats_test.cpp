@@ -19,7 +19,7 @@ TEST(PredictionStats, counts_needs_among_the_top_k_and_the_top_2k) {
   LayerStats counted;
   stats.predict(0, std::vector{0.5F, 0.4F, 0.3F, 0.2F, 0.1F, 0.0F});
   stats.observe(0, Experts{0, 2, 5}, /*predicted=*/true, counted);
-  EXPECT_EQ(counted.predicted_needs, 3u);
+  EXPECT_EQ(counted.predicted_accesses, 3u);
   EXPECT_EQ(counted.recalled, 1u);
   EXPECT_EQ(counted.recalled_2k, 2u);
   EXPECT_EQ(counted.critical, 2u);
@@ -51,7 +51,7 @@ TEST(PredictionStats, a_run_that_was_not_predicted_counts_repetition_alone) {
   EXPECT_EQ(counted.repeated, 1u);
   stats.observe(1, first, false, counted);
   EXPECT_EQ(counted.repeated, 1u);
-  EXPECT_EQ(counted.predicted_needs, 0u);
+  EXPECT_EQ(counted.predicted_accesses, 0u);
   EXPECT_EQ(allocation_count() - before, own) << "it allocates nothing";
 }
 

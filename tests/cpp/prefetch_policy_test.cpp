@@ -1,4 +1,4 @@
-#include "schedule/prefetch_policy.hpp"
+#include "schedule/prefetch/prefetch_policy.hpp"
 
 #include <gtest/gtest.h>
 
@@ -46,10 +46,10 @@ class Driven {
     policy_->on_prediction({layer, source, scores}, queue);
   }
 
-  void need(std::uint16_t layer, const Experts& experts) {
+  void access(std::uint16_t layer, const Experts& experts) {
     queue.cancel_layer(layer, FillKind::prefetch);
     world.run(layer, experts);
-    policy_->on_need(layer, experts, queue);
+    policy_->on_access(layer, experts, queue);
   }
 
   void end_iteration() {
@@ -59,7 +59,7 @@ class Driven {
 
   PrefetchPolicy* operator->() const { return policy_.get(); }
 
-  /// What the queue would serve, in order.
+  /// Entries that the queue would serve, in order.
   [[nodiscard]] Ids waiting() const {
     Ids experts;
     for (std::size_t i = 0; i < queue.size(); ++i) experts.push_back(queue[i].expert);
@@ -116,7 +116,7 @@ TEST_P(PrefetchPolicyContract, asks_for_experts_of_the_model_only_and_allocates_
         }
       }
       for (std::uint16_t layer = 0; layer < layer_count; ++layer) {
-        policy.need(layer, {static_cast<std::uint16_t>(random() % expert_count)});
+        policy.access(layer, {static_cast<std::uint16_t>(random() % expert_count)});
         check_queue();
       }
       policy.end_iteration();
@@ -139,7 +139,7 @@ TEST_P(PrefetchPolicyContract, allocates_nothing_after_construction) {
       policy.world.forecast.predict(layer, scores);
       policy->on_prediction({layer, source, scores}, policy.queue);
     }
-    policy->on_need(1, experts, policy.queue);
+    policy->on_access(1, experts, policy.queue);
     policy->on_end_iteration(policy.queue);
   }
   EXPECT_EQ(allocation_count() - before, 0u);
@@ -160,7 +160,7 @@ TEST_P(PrefetchPolicyContract, demands_are_left_alone) {
   policy.predict(2, Scores{0, 1.5F, 0, 0, 0, 0});
   policy.predict(2, Scores{0, 1.5F, 0, 0, 0, 0}, target);
   policy.predict(2, Scores(expert_count, 0.0F));
-  policy.need(0, {1});
+  policy.access(0, {1});
   policy.end_iteration();
   ASSERT_GT(policy.queue.size(), 0U);
   EXPECT_EQ(policy.queue[0].expert, (ExpertId{2, 1}));
@@ -176,7 +176,7 @@ TEST_P(PrefetchPolicyContract, the_same_history_gives_the_same_prefetches) {
     const auto layer = static_cast<std::uint16_t>(step % layer_count);
     for (Driven* each : {&policy, &again}) {
       each->predict(layer, scores);
-      each->need(layer, {layer});
+      each->access(layer, {layer});
       if (layer + 1 == layer_count) each->end_iteration();
     }
     ASSERT_EQ(policy.waiting(), again.waiting());
@@ -217,7 +217,7 @@ TEST(PrefetchPolicy, finishes_nothing_that_the_router_did_not_choose_unless_it_s
   for (const char* name : {"on-demand", "next-gate", "activation-trace", "sp-moe"}) {
     Driven policy{name};
     for (int pass = 0; pass < 20; ++pass) {
-      policy.need(1, {0});
+      policy.access(1, {0});
       policy.end_iteration();
     }
     policy.predict(1, Scores(expert_count, 1.5F));
@@ -228,7 +228,7 @@ TEST(PrefetchPolicy, finishes_nothing_that_the_router_did_not_choose_unless_it_s
 TEST(OnDemand, prefetches_nothing) {
   Driven policy{"on-demand"};
   policy.predict(1, Scores(expert_count, 1.5F));
-  policy.need(0, {1});
+  policy.access(0, {1});
   policy.end_iteration();
   EXPECT_EQ(policy.waiting(), Ids{});
 }
@@ -374,11 +374,11 @@ TEST(Horizon, admits_only_swaps_that_are_worthwhile) {
 TEST(Horizon, finishes_what_it_would_admit_into_an_empty_slot) {
   Driven policy{"horizon"};
   for (int pass = 0; pass < 40; ++pass) {
-    policy.need(1, {0});
+    policy.access(1, {0});
     policy.end_iteration();
   }
   policy.predict(1, Scores{0, 1.5F, 0, 0, 0, 0});
-  policy.need(1, {2});
+  policy.access(1, {2});
   EXPECT_TRUE(policy->keeps({1, 0}));   // seldom left out
   EXPECT_FALSE(policy->keeps({1, 1}));  // predicted, and wrong
   policy.world.limits.break_even = 0.99F;
@@ -387,7 +387,7 @@ TEST(Horizon, finishes_what_it_would_admit_into_an_empty_slot) {
   EXPECT_FALSE(policy->keeps({1, 5}));  // gains nothing
 }
 
-TEST(Horizon, the_end_of_the_iteration_withdraws_its_prefetches) {
+TEST(Horizon, the_end_of_the_iteration_cancels_its_prefetches) {
   Driven policy{"horizon"};
   policy.predict(1, Scores(expert_count, 1.5F));
   EXPECT_GT(policy.queue.size(), 0U);
@@ -397,17 +397,17 @@ TEST(Horizon, the_end_of_the_iteration_withdraws_its_prefetches) {
 
 TEST(ActivationTrace, follows_the_nearest_past_request_nearer_layers_first) {
   Driven policy{"activation-trace"};
-  policy.need(0, {0, 1});
-  policy.need(1, {4});
-  policy.need(2, {3});
-  policy.need(3, {2});
+  policy.access(0, {0, 1});
+  policy.access(1, {4});
+  policy.access(2, {3});
+  policy.access(3, {2});
   EXPECT_EQ(policy.waiting(), Ids{});  // there was no past yet
   policy.world.history.begin_request();
-  policy.need(0, {5});
+  policy.access(0, {5});
   policy.world.history.begin_request();
-  policy.need(0, {1});
+  policy.access(0, {1});
   EXPECT_EQ(policy.waiting(), (Ids{{1, 4}, {2, 3}, {3, 2}}));
-  policy.need(2, {3});
+  policy.access(2, {3});
   EXPECT_EQ(policy.waiting(), (Ids{{3, 2}}));
   policy.end_iteration();
   EXPECT_EQ(policy.waiting(), (Ids{{0, 0}, {0, 1}}));  // for the next pass
@@ -418,7 +418,7 @@ TEST(ActivationTrace, prefers_large_shares_and_leaves_out_the_smallest) {
   auto& history = policy.world.history;
   history.observe(1, Experts{0, 1, 2}, std::vector<std::uint32_t>{30, 69, 1});
   history.begin_request();
-  policy.need(0, {3});
+  policy.access(0, {3});
   EXPECT_EQ(policy.waiting(), (Ids{{1, 1}, {1, 0}}));
 }
 
@@ -433,15 +433,15 @@ void append_needs(RoutingTrace& trace) {
 TEST(Oracle, prefetches_the_next_needs_of_one_pass_in_order) {
   Driven policy{"oracle"};
   append_needs(policy.world.trace);
-  policy.need(0, {1});
+  policy.access(0, {1});
   EXPECT_EQ(policy.waiting(), (Ids{{1, 2}, {1, 0}, {0, 3}, {0, 5}}));
 }
 
 TEST(Oracle, goes_on_between_two_iterations) {
   Driven policy{"oracle"};
   append_needs(policy.world.trace);
-  policy.need(0, {1});
-  policy.need(1, {2, 0});
+  policy.access(0, {1});
+  policy.access(1, {2, 0});
   policy.queue.cancel_all(FillKind::prefetch);  // as the scheduler does
   policy.end_iteration();
   EXPECT_EQ(policy.waiting(), (Ids{{0, 3}, {1, 2}, {0, 5}, {1, 5}}));
@@ -450,7 +450,7 @@ TEST(Oracle, goes_on_between_two_iterations) {
 TEST(Oracle, fills_only_what_is_used_before_its_victim) {
   Driven policy{"oracle"};
   append_needs(policy.world.trace);
-  policy.need(0, {1});
+  policy.access(0, {1});
   EXPECT_TRUE(policy->admits({{1, 0}, {0, 3}}));
   EXPECT_FALSE(policy->admits({{0, 3}, {1, 0}}));
   EXPECT_FALSE(policy->admits({{1, 0}, {1, 2}}));  // used at the same time
@@ -463,15 +463,15 @@ TEST(Oracle, finishes_what_is_used_within_a_pass_over_the_layers) {
   EXPECT_TRUE(policy->keeps({0, 3}));   // in the third need
   EXPECT_FALSE(policy->keeps({0, 5}));  // in the fifth
   EXPECT_FALSE(policy->keeps({2, 0}));  // never
-  policy.need(0, {1});
+  policy.access(0, {1});
   EXPECT_TRUE(policy->keeps({0, 5}));
 }
 
 TEST(Oracle, knows_nothing_once_the_run_has_left_the_trace) {
   Driven policy{"oracle"};
   append_needs(policy.world.trace);
-  policy.need(0, {1});
-  policy.need(1, {3});
+  policy.access(0, {1});
+  policy.access(1, {3});
   EXPECT_EQ(policy.waiting(), Ids{});
   EXPECT_FALSE(policy->admits({{0, 3}, {0, 1}}));
 }

@@ -23,7 +23,7 @@ RoutingTrace two_passes() {
   return trace;
 }
 
-TEST(RoutingTrace, tells_the_needs_to_come_in_order) {
+TEST(RoutingTrace, gives_the_accesses_to_come_in_order) {
   RoutingTrace trace = two_passes();
   EXPECT_EQ(trace.remaining(), 4u);
   EXPECT_TRUE(trace.advance(0, Experts{1, 3}));
@@ -41,7 +41,7 @@ TEST(RoutingTrace, counts_the_needs_until_the_next_use) {
   EXPECT_EQ(trace.next_use({1, 2}), 3u);
   EXPECT_EQ(trace.next_use({0, 0}), RoutingTrace::never);
   trace.advance(0, Experts{1, 3});
-  EXPECT_EQ(trace.next_use({0, 1}), RoutingTrace::never);  // its last one is under way
+  EXPECT_EQ(trace.next_use({0, 1}), RoutingTrace::never);  // its last one is in flight
   EXPECT_EQ(trace.next_use({0, 3}), 1u);
   EXPECT_EQ(trace.next_use({1, 0}), 0u);
 }

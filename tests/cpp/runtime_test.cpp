@@ -388,7 +388,7 @@ TEST(Runtime, counters_add_up) {
       needed += experts.size();
     }
     run(runtime, calls);
-    runtime.close();  // nothing is under way any more
+    runtime.close();  // nothing is in flight any more
     const RuntimeStats stats = runtime.stats();
     const LayerStats sum = total(runtime);
     EXPECT_EQ(sum.hits + sum.late + sum.misses, needed);
@@ -517,7 +517,7 @@ TEST(Runtime, a_failed_read_ahead_harms_nobody) {
     try {
       forward(runtime, call);
     } catch (const DeviceError&) {
-      ++failures;  // the call came while the copy was under way
+      ++failures;  // the call came while the copy was in flight
     }
   }
   EXPECT_LE(failures, 1);
@@ -602,7 +602,7 @@ TEST(Runtime, answers_a_forked_child_at_once_whatever_its_threads_did_at_the_for
   EXPECT_NO_THROW(forward(runtime, call));
 }
 
-TEST(Runtime, may_go_while_copies_are_under_way) {
+TEST(Runtime, may_go_while_copies_are_in_flight) {
   std::mt19937 random{25};
   const auto calls = prefill(random);
   for (int round = 0; round < 20; ++round) {
@@ -651,7 +651,7 @@ TEST(Runtime, many_threads_may_call_at_once) {
   EXPECT_EQ(wrong, 0);
 }
 
-TEST(Runtime, a_failure_is_told_to_the_call_that_needs_it_whatever_others_do_meanwhile) {
+TEST(Runtime, a_failure_is_reported_to_the_call_that_needs_it_whatever_others_do_meanwhile) {
   std::mt19937 random{32};
   const LayerCall call = random_call(random, 1, 1);
   for (int round = 0; round < 300; ++round) {

@@ -12,35 +12,35 @@ namespace {
 
 using To = FillChange::To;
 
-/// All changes that are to be told.
+/// All changes that are to be reported.
 std::vector<std::pair<SlotIndex, To>> changes(Scheduler& scheduler) {
-  std::vector<std::pair<SlotIndex, To>> told;
+  std::vector<std::pair<SlotIndex, To>> reported;
   while (const auto change = scheduler.fills().next_change())
-    told.emplace_back(change->slot, change->to);
-  return told;
+    reported.emplace_back(change->slot, change->to);
+  return reported;
 }
 
-/// Reads layer 1 ahead, all four of its experts being under way, then needs expert 2 alone.
+/// Reads layer 1 ahead, all four of its experts being in flight, then needs expert 2 alone.
 struct Cancelled {
   Cancelled() {
     run(scheduler, 0, all_of(4));
     fills = start(scheduler);
-    scheduler.need(1, Experts{2});
+    scheduler.access(1, Experts{2});
   }
   Scheduler scheduler = make(3, 4, 8);
   std::vector<Fill> fills;  // by expert
 };
 
-TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want) {
+TEST(Scheduler, an_access_cancels_the_prefetches_in_flight_that_it_does_not_want) {
   Cancelled it;
   ASSERT_EQ(it.fills.size(), 4u);
-  auto told = changes(it.scheduler);
-  std::ranges::sort(told);
+  auto reported = changes(it.scheduler);
+  std::ranges::sort(reported);
   std::vector<std::pair<SlotIndex, To>> expected;
   for (const Fill& fill : it.fills) {
     expected.emplace_back(fill.slot, fill.expert.expert == 2 ? To::promoted : To::cancelled);
   }
-  EXPECT_EQ(told, expected);
+  EXPECT_EQ(reported, expected);
   EXPECT_EQ(it.scheduler.fills().stats()[1].late, 1u);
   it.scheduler.progress(it.fills[2].slot, FillOutcome::arrived);
   EXPECT_EQ(take(it.scheduler), Experts{2});
@@ -58,11 +58,11 @@ TEST(Scheduler, a_need_withdraws_the_prefetches_under_way_that_it_does_not_want)
   EXPECT_EQ(changes(it.scheduler).size(), 0u);
 }
 
-TEST(Scheduler, a_cancelled_expert_that_is_needed_is_read_again_once_its_end_is_told) {
+TEST(Scheduler, a_cancelled_expert_that_is_needed_is_read_again_once_its_end_is_reported) {
   Cancelled it;
-  it.scheduler.abandon_need();
+  it.scheduler.abandon_access();
   static_cast<void>(changes(it.scheduler));
-  it.scheduler.need(1, Experts{0, 1, 3});
+  it.scheduler.access(1, Experts{0, 1, 3});
   EXPECT_EQ(it.scheduler.fills().stats()[1].misses, 3u);
   EXPECT_FALSE(it.scheduler.next_fill());
   EXPECT_EQ(take(it.scheduler), Experts{});
@@ -72,7 +72,7 @@ TEST(Scheduler, a_cancelled_expert_that_is_needed_is_read_again_once_its_end_is_
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
   EXPECT_EQ(it.scheduler.progress(it.fills[0].slot, FillOutcome::failed, 10),
-            Spoiled::nothing);  // not this need's read
+            FailureScope::nothing);  // not this need's read
   EXPECT_EQ(start(it.scheduler).size(), 1u);
   it.scheduler.progress(it.fills[3].slot, FillOutcome::arrived);  // whole all the same
   EXPECT_EQ(take(it.scheduler), Experts{3});
@@ -86,8 +86,8 @@ TEST(Scheduler, a_cancelled_expert_that_is_needed_is_read_again_once_its_end_is_
 
 TEST(Scheduler, no_prefetch_passes_a_demand_that_waits_for_the_end_of_a_cancelled_fill) {
   Cancelled it;
-  it.scheduler.abandon_need();
-  it.scheduler.need(1, all_of(4));  // reads layer 2 ahead
+  it.scheduler.abandon_access();
+  it.scheduler.access(1, all_of(4));  // reads layer 2 ahead
   EXPECT_FALSE(it.scheduler.next_fill());
   for (const std::size_t expert : {0U, 1U, 3U}) {
     it.scheduler.progress(it.fills[expert].slot, FillOutcome::cancelled, 0);
@@ -109,7 +109,7 @@ TEST(Scheduler, a_prefetch_that_is_asked_for_again_waits_for_the_end_of_the_canc
   EXPECT_EQ(scheduler.next_fill().value().expert, (ExpertId{1, 1}));
 }
 
-TEST(Scheduler, the_end_of_an_iteration_withdraws_what_was_drafted_for_layers_that_did_not_run) {
+TEST(Scheduler, the_end_of_an_iteration_cancels_what_was_drafted_for_layers_that_did_not_run) {
   for (const bool early : {false, true}) {
     Scheduler scheduler{{3, 4, 8, blob_bytes, 2}, {"sp-moe", "auto"}};
     const std::vector<float> scores{1.5F, 1.5F, 0, 0};
@@ -117,7 +117,7 @@ TEST(Scheduler, the_end_of_an_iteration_withdraws_what_was_drafted_for_layers_th
     const auto fills = start(scheduler);
     ASSERT_EQ(fills.size(), 6u);
     scheduler.progress(fills[4].slot, FillOutcome::arrived);
-    scheduler.need(0, Experts{0, 1});
+    scheduler.access(0, Experts{0, 1});
     EXPECT_EQ(changes(scheduler).size(), 2u);  // are promoted
     // A request that ended early leaves its iteration to the next one.
     early ? scheduler.begin_request() : scheduler.end_iteration();
@@ -143,7 +143,7 @@ TEST(Scheduler, what_the_running_need_waits_for_is_never_cancelled) {
   const std::vector<float> scores{0, 1.5F, 0, 0};
   scheduler.predict(0, scores);
   const auto fill = scheduler.next_fill().value();
-  scheduler.need(0, Experts{1});
+  scheduler.access(0, Experts{1});
   EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fill.slot, To::promoted}}));
   // Another thread ends iterations and predicts meanwhile.
   scheduler.end_iteration();
@@ -158,30 +158,30 @@ TEST(Scheduler, what_the_running_need_waits_for_is_never_cancelled) {
 TEST(Scheduler, horizon_finishes_what_is_often_used) {
   Scheduler scheduler{{2, 4, 8, blob_bytes, 1}, {"horizon", "auto"}};
   for (int pass = 0; pass < 40; ++pass) {
-    scheduler.need(1, Experts{0});
+    scheduler.access(1, Experts{0});
     EXPECT_EQ(scheduler.progress(scheduler.next_fill().value().slot, FillOutcome::failed, 0),
-              Spoiled::need);  // never resident
-    scheduler.abandon_need();
+              FailureScope::access);  // never resident
+    scheduler.abandon_access();
     scheduler.end_iteration();
   }
   scheduler.predict(1, std::vector<float>{1.5F, 1.5F, 0, 0});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 2u);
   EXPECT_EQ(fills[1].expert, (ExpertId{1, 1}));
-  scheduler.need(1, Experts{2});
+  scheduler.access(1, Experts{2});
   EXPECT_EQ(changes(scheduler), (std::vector{std::pair{fills[1].slot, To::cancelled}}));
 }
 
 TEST(Scheduler, a_failed_fill_accounts_for_what_it_moved) {
   Scheduler scheduler = make(2, 4, 4);
-  scheduler.need(0, Experts{0});
+  scheduler.access(0, Experts{0});
   EXPECT_EQ(scheduler.progress(scheduler.next_fill().value().slot, FillOutcome::failed, 700),
-            Spoiled::need);
-  scheduler.abandon_need();
+            FailureScope::access);
+  scheduler.abandon_access();
   EXPECT_EQ(scheduler.fills().stats()[0].demand_bytes, 700u);
   run(scheduler, 0, all_of(4));
   EXPECT_EQ(scheduler.progress(scheduler.next_fill().value().slot, FillOutcome::failed, 20),
-            Spoiled::nothing);
+            FailureScope::nothing);
   EXPECT_EQ(scheduler.fills().stats()[1].prefetch_bytes, 20u);
   EXPECT_EQ(scheduler.fills().stats()[1].prefetch_used_bytes, 0u);
 }

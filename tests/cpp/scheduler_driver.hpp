@@ -49,7 +49,7 @@ inline Experts take(Scheduler& scheduler) {
 
 /// Runs a need to its end, every fill arriving at once. Returns how many fills there were.
 inline std::size_t run(Scheduler& scheduler, std::uint16_t layer, const Experts& experts) {
-  scheduler.need(layer, experts);
+  scheduler.access(layer, experts);
   std::size_t fills = 0;
   for (std::size_t computed = 0; computed < experts.size();) {
     const auto fill = scheduler.next_fill(FillKind::demand);

@@ -103,7 +103,7 @@ class PolicyWalk {
   }
 
   void run(std::uint16_t layer, const Experts& experts) {
-    scheduler_.need(layer, experts);
+    scheduler_.access(layer, experts);
     running_ = true;
     std::size_t computed = 0;
     Experts taken;
@@ -157,13 +157,13 @@ class PolicyWalk {
         in_flight_.begin() + static_cast<std::ptrdiff_t>(random_() % in_flight_.size());
     const SlotIndex ended = *place;
     in_flight_.erase(place);
-    tell_changes();
+    report_changes();
     const bool cancelled = slots_[ended].cancelled;
     const std::uint64_t part = random_() % blob_bytes;
     if ((!running_ || cancelled) && random_() % 16 == 0) {
       slots_[ended] = {};
       moved_bytes_ += part;
-      ASSERT_EQ(scheduler_.progress(ended, FillOutcome::failed, part), Spoiled::nothing);
+      ASSERT_EQ(scheduler_.progress(ended, FillOutcome::failed, part), FailureScope::nothing);
       return;
     }
     if (cancelled && random_() % 4 != 0) {
@@ -178,10 +178,10 @@ class PolicyWalk {
     scheduler_.progress(ended, FillOutcome::arrived);
   }
 
-  void tell_changes() {
+  void report_changes() {
     while (const auto change = scheduler_.fills().next_change()) {
       ModelSlot& slot = slots_.at(change->slot);
-      ASSERT_TRUE(slot.filling) << "nothing is under way";
+      ASSERT_TRUE(slot.filling) << "nothing is in flight";
       if (change->to == FillChange::To::cancelled) {
         ASSERT_FALSE(std::exchange(slot.cancelled, true)) << "cancelled twice";
       }
@@ -199,9 +199,9 @@ class PolicyWalk {
               std::ranges::count_if(
                   slots_, [](const ModelSlot& slot) { return slot.expert && !slot.filling; }));
     for (const LayerStats& layer : scheduler_.fills().stats()) {
-      ASSERT_LE(layer.predicted_needs, layer.hits + layer.late + layer.misses);
+      ASSERT_LE(layer.predicted_accesses, layer.hits + layer.late + layer.misses);
       ASSERT_LE(layer.recalled, layer.recalled_2k);
-      ASSERT_LE(layer.recalled_2k, layer.predicted_needs);
+      ASSERT_LE(layer.recalled_2k, layer.predicted_accesses);
       ASSERT_LE(layer.recalled, layer.critical);
     }
   }
@@ -259,7 +259,7 @@ TEST_P(SchedulerPolicies, survive_iterations_whose_drafts_are_all_rejected) {
   }
   const LayerStats drafted = total(scheduler);
   EXPECT_EQ(drafted.prefetch_used_bytes, 0u);
-  EXPECT_EQ(drafted.predicted_needs, 0u);
+  EXPECT_EQ(drafted.predicted_accesses, 0u);
   EXPECT_EQ(drafted.recalled, 0u);
   for (std::uint16_t layer = 0; layer < 3; ++layer) run(scheduler, layer, all_of(6));
   EXPECT_EQ(total(scheduler).hits + total(scheduler).misses, 18u);
@@ -282,7 +282,7 @@ TEST_P(SchedulerPolicies, allocate_nothing_after_construction) {
     scheduler.begin_request();
     for (std::uint16_t layer = 0; layer < 3; ++layer) scheduler.predict(layer, scores);
     for (std::uint16_t layer = 0; layer < 3; ++layer) {
-      scheduler.need(layer, experts);
+      scheduler.access(layer, experts);
       for (std::size_t computed = 0; computed < experts.size();) {
         if (const auto fill = scheduler.next_fill())
           scheduler.progress(fill->slot, FillOutcome::arrived);

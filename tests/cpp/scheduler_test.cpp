@@ -20,7 +20,7 @@ namespace {
 
 TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_arrived) {
   Scheduler scheduler = make(2, 4, 2);
-  scheduler.need(1, Experts{3});
+  scheduler.access(1, Experts{3});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
   EXPECT_EQ(fill->expert, (ExpertId{1, 3}));
@@ -39,7 +39,7 @@ TEST(Scheduler, a_miss_becomes_a_demand_and_is_ready_when_it_has_arrived) {
 
 TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_arrived) {
   Scheduler scheduler = make(2, 4, 1);
-  scheduler.need(0, Experts{1});
+  scheduler.access(0, Experts{1});
   const SlotIndex slot = scheduler.next_fill().value().slot;
   scheduler.progress(slot, FillOutcome::issued);
   std::vector<ReadyExpert> ready;
@@ -48,7 +48,7 @@ TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_arrived) {
   EXPECT_TRUE(ready[0].in_flight);
   EXPECT_TRUE(scheduler.fills().read_before_arrival());
   scheduler.computed(1);
-  scheduler.need(1, Experts{0});
+  scheduler.access(1, Experts{0});
   EXPECT_FALSE(scheduler.next_fill()) << "its bytes are still being written";
   scheduler.progress(slot, FillOutcome::arrived);
   EXPECT_FALSE(scheduler.fills().read_before_arrival());
@@ -56,22 +56,22 @@ TEST(Scheduler, what_is_issued_is_ready_and_stays_until_it_has_arrived) {
   EXPECT_TRUE(scheduler.next_fill());
 }
 
-TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) {
+TEST(Scheduler, a_fill_that_fails_behind_compute_is_reported_and_its_slot_given_up) {
   for (const bool taken : {false, true}) {
     for (const bool computed : {false, true}) {
       if (computed && !taken) continue;
       Scheduler scheduler = make(1, 4, 1);
-      scheduler.need(0, Experts{1});
+      scheduler.access(0, Experts{1});
       const SlotIndex slot = scheduler.next_fill().value().slot;
       scheduler.progress(slot, FillOutcome::issued);
       EXPECT_EQ(taken ? take(scheduler) : Experts{1}, Experts{1});
       if (computed) scheduler.computed(1);
       EXPECT_EQ(scheduler.progress(slot, FillOutcome::failed, 0),
-                computed ? Spoiled::results : Spoiled::need);
+                computed ? FailureScope::results : FailureScope::access);
       EXPECT_FALSE(scheduler.fills().read_before_arrival());
       EXPECT_EQ(taken ? Experts{1} : take(scheduler), Experts{1});
       if (!computed) scheduler.computed(1);
-      scheduler.need(0, Experts{1});
+      scheduler.access(0, Experts{1});
       EXPECT_EQ(scheduler.fills().stats()[0].misses, 2u) << "half of it is nothing";
       EXPECT_TRUE(scheduler.next_fill());
     }
@@ -81,7 +81,7 @@ TEST(Scheduler, a_fill_that_fails_behind_compute_is_told_and_its_slot_given_up) 
 TEST(Scheduler, ready_experts_come_in_the_order_in_which_they_arrived) {
   Scheduler scheduler = make(1, 4, 4);
   run(scheduler, 0, {2});
-  scheduler.need(0, Experts{0, 1, 2, 3});
+  scheduler.access(0, Experts{0, 1, 2, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 3u);
   for (const std::size_t i : {2U, 0U, 1U}) scheduler.progress(fills[i].slot, FillOutcome::arrived);
@@ -96,7 +96,7 @@ TEST(Scheduler, counts_hits_late_ones_and_misses) {
   ASSERT_EQ(ahead.size(), 4u);
   scheduler.progress(ahead[0].slot, FillOutcome::arrived);
   scheduler.progress(ahead[1].slot, FillOutcome::failed, 0);
-  scheduler.need(1, Experts{0, 1, 2});
+  scheduler.access(1, Experts{0, 1, 2});
   const LayerStats& stats = scheduler.fills().stats()[1];
   EXPECT_EQ(stats.hits, 1u);
   EXPECT_EQ(stats.misses, 1u);
@@ -125,7 +125,7 @@ TEST(Scheduler, predictions_are_counted_by_layer) {
 
 TEST(Scheduler, a_leased_expert_is_never_evicted) {
   Scheduler scheduler = make(1, 4, 2);
-  scheduler.need(0, Experts{0, 1, 2});
+  scheduler.access(0, Experts{0, 1, 2});
   for (const Fill& fill : start(scheduler)) scheduler.progress(fill.slot, FillOutcome::arrived);
   EXPECT_EQ(take(scheduler), (Experts{0, 1}));
   EXPECT_FALSE(scheduler.next_fill());  // both slots are leased
@@ -147,12 +147,12 @@ TEST(Scheduler, a_hit_counts_as_a_use_for_eviction) {
 
 TEST(Scheduler, a_slot_that_is_being_filled_is_never_overwritten) {
   Scheduler scheduler = make(1, 4, 2);
-  scheduler.need(0, Experts{0, 1, 2});
+  scheduler.access(0, Experts{0, 1, 2});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 2u);
   EXPECT_NE(fills[0].slot, fills[1].slot);
-  scheduler.abandon_need();
-  scheduler.need(0, Experts{3});
+  scheduler.abandon_access();
+  scheduler.access(0, Experts{3});
   EXPECT_FALSE(scheduler.next_fill());
   scheduler.progress(fills[1].slot, FillOutcome::arrived);
   const auto next = scheduler.next_fill();
@@ -177,7 +177,7 @@ TEST(Scheduler, residents_of_a_wave_are_used_before_they_leave) {
 TEST(Scheduler, demands_start_before_every_prefetch) {
   Scheduler scheduler = make(3, 4, 12);
   run(scheduler, 0, all_of(4));
-  scheduler.need(2, Experts{1, 3});
+  scheduler.access(2, Experts{1, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 6u);
   for (std::size_t i = 0; i < fills.size(); ++i) {
@@ -205,7 +205,7 @@ TEST(Scheduler, only_a_need_of_a_whole_layer_reads_ahead) {
 
 TEST(Scheduler, read_ahead_takes_no_leased_slot_and_none_that_was_read_ahead) {
   Scheduler scheduler = make(2, 4, 5);
-  scheduler.need(0, all_of(4));
+  scheduler.access(0, all_of(4));
   for (const Fill& fill : start(scheduler, FillKind::demand))
     scheduler.progress(fill.slot, FillOutcome::arrived);
   EXPECT_EQ(take(scheduler).size(), 4u);
@@ -223,7 +223,7 @@ TEST(Scheduler, read_ahead_keeps_what_the_next_layer_has_already) {
   run(scheduler, 1, {0, 1});
   run(scheduler, 0, {0, 1});
   run(scheduler, 0, {0, 1});  // layer 1 was used longest ago
-  scheduler.need(0, all_of(4));
+  scheduler.access(0, all_of(4));
   EXPECT_EQ(take(scheduler), (Experts{0, 1}));
   for (const std::uint16_t expert : Experts{0, 1}) scheduler.computed(expert);
   for (int i = 0; i < 2; ++i) {
@@ -241,7 +241,7 @@ TEST(Scheduler, a_demand_may_take_a_slot_that_was_read_ahead_when_there_is_no_ot
   Scheduler scheduler = make(3, 4, 4);
   run(scheduler, 0, all_of(4));
   EXPECT_EQ(finish_prefetches(scheduler).size(), 4u);
-  scheduler.need(2, Experts{0});
+  scheduler.access(2, Experts{0});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
   EXPECT_EQ(fill->expert, (ExpertId{2, 0}));
@@ -252,9 +252,9 @@ TEST(Scheduler, what_was_read_ahead_loses_its_protection_with_the_iteration) {
   run(scheduler, 1, {0});
   run(scheduler, 0, all_of(2));  // keeps the expert of layer 1, which is the oldest
   const auto oldest_leaves = [&] {
-    scheduler.need(2, Experts{0});
+    scheduler.access(2, Experts{0});
     const auto fill = scheduler.next_fill(FillKind::demand);
-    scheduler.abandon_need();
+    scheduler.abandon_access();
     scheduler.progress(fill.value().slot, FillOutcome::failed, 0);
     return fill->slot == 0;
   };
@@ -265,23 +265,23 @@ TEST(Scheduler, what_was_read_ahead_loses_its_protection_with_the_iteration) {
   EXPECT_TRUE(oldest_leaves());
 }
 
-TEST(Scheduler, a_need_withdraws_the_predictions_of_its_layer_that_it_does_not_want) {
+TEST(Scheduler, an_access_cancels_the_predictions_of_its_layer_that_it_does_not_want) {
   Scheduler scheduler = make(2, 4, 8);
   run(scheduler, 0, all_of(4));
-  scheduler.need(1, Experts{2});
+  scheduler.access(1, Experts{2});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 1u);
   EXPECT_EQ(fills[0].expert, (ExpertId{1, 2}));
   EXPECT_EQ(fills[0].kind, FillKind::demand);
 }
 
-TEST(Scheduler, a_failed_fill_that_the_need_waits_for_is_told_and_leaves_the_slot_empty) {
+TEST(Scheduler, a_failed_fill_that_the_access_waits_for_is_reported_and_leaves_the_slot_empty) {
   Scheduler scheduler = make(1, 4, 1);
-  scheduler.need(0, Experts{0, 1});
+  scheduler.access(0, Experts{0, 1});
   const auto fill = scheduler.next_fill();
   ASSERT_TRUE(fill);
-  EXPECT_EQ(scheduler.progress(fill->slot, FillOutcome::failed, 0), Spoiled::need);
-  scheduler.abandon_need();
+  EXPECT_EQ(scheduler.progress(fill->slot, FillOutcome::failed, 0), FailureScope::access);
+  scheduler.abandon_access();
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(total(scheduler).demand_bytes, 0u);
   EXPECT_EQ(run(scheduler, 0, {0, 1}), 2u);  // it is read again
@@ -292,27 +292,27 @@ TEST(Scheduler, a_failed_prefetch_that_is_needed_becomes_a_demand) {
   run(scheduler, 0, all_of(4));
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 4u);
-  EXPECT_EQ(scheduler.progress(fills[0].slot, FillOutcome::failed, 0), Spoiled::nothing);
-  scheduler.need(1, Experts{1});
-  EXPECT_EQ(scheduler.progress(fills[3].slot, FillOutcome::failed, 0), Spoiled::nothing);
-  EXPECT_EQ(scheduler.progress(fills[1].slot, FillOutcome::failed, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.progress(fills[0].slot, FillOutcome::failed, 0), FailureScope::nothing);
+  scheduler.access(1, Experts{1});
+  EXPECT_EQ(scheduler.progress(fills[3].slot, FillOutcome::failed, 0), FailureScope::nothing);
+  EXPECT_EQ(scheduler.progress(fills[1].slot, FillOutcome::failed, 0), FailureScope::nothing);
   const auto again = start(scheduler);
   ASSERT_EQ(again.size(), 1u);
   EXPECT_EQ(again[0].expert, (ExpertId{1, 1}));
   EXPECT_EQ(again[0].kind, FillKind::demand);
-  EXPECT_EQ(scheduler.progress(again[0].slot, FillOutcome::failed, 0), Spoiled::need);
-  scheduler.abandon_need();
-  EXPECT_EQ(scheduler.progress(fills[2].slot, FillOutcome::failed, 0), Spoiled::nothing);
+  EXPECT_EQ(scheduler.progress(again[0].slot, FillOutcome::failed, 0), FailureScope::access);
+  scheduler.abandon_access();
+  EXPECT_EQ(scheduler.progress(fills[2].slot, FillOutcome::failed, 0), FailureScope::nothing);
   EXPECT_EQ(run(scheduler, 1, all_of(4)), 4u);
 }
 
-TEST(Scheduler, an_abandoned_need_ends_its_leases_and_withdraws_its_demands) {
+TEST(Scheduler, an_abandoned_access_ends_its_leases_and_cancels_its_demands) {
   Scheduler scheduler = make(1, 8, 2);
-  scheduler.need(0, Experts{0, 1, 2, 3});
+  scheduler.access(0, Experts{0, 1, 2, 3});
   const auto fills = start(scheduler);
   ASSERT_EQ(fills.size(), 2u);
   scheduler.progress(fills[0].slot, FillOutcome::arrived);
-  scheduler.abandon_need();
+  scheduler.abandon_access();
   EXPECT_EQ(take(scheduler), Experts{});
   scheduler.progress(fills[1].slot, FillOutcome::arrived);  // arrives for nobody
   EXPECT_EQ(take(scheduler), Experts{});
@@ -349,7 +349,7 @@ TEST(Scheduler, a_prefetched_byte_is_used_or_wasted) {
 
 TEST(Scheduler, a_layer_that_does_not_exist_is_refused_unchanged) {
   Scheduler scheduler = make(2, 4, 4);
-  EXPECT_THROW(scheduler.need(2, Experts{0}), std::out_of_range);
+  EXPECT_THROW(scheduler.access(2, Experts{0}), std::out_of_range);
   EXPECT_THROW(scheduler.predict(2, {}), std::out_of_range);
   EXPECT_FALSE(scheduler.next_fill());
   EXPECT_EQ(run(scheduler, 0, {0}), 1u);
@@ -361,12 +361,12 @@ TEST(Scheduler, recall_counts_the_needed_experts_that_were_critical) {
   scheduler.predict(0, scores);
   run(scheduler, 0, {0, 2, 5});
   const LayerStats& stats = scheduler.fills().stats()[0];
-  EXPECT_EQ(stats.predicted_needs, 3u);
+  EXPECT_EQ(stats.predicted_accesses, 3u);
   EXPECT_EQ(stats.recalled, 1u);     // 0, of 0 and 1
   EXPECT_EQ(stats.recalled_2k, 2u);  // 0 and 2, of 0 to 3
   EXPECT_EQ(stats.critical, 2u);
   run(scheduler, 0, {0, 1});  // not predicted again
-  EXPECT_EQ(stats.predicted_needs, 3u);
+  EXPECT_EQ(stats.predicted_accesses, 3u);
   EXPECT_EQ(stats.recalled, 1u);
 }
 
@@ -378,7 +378,7 @@ TEST(Scheduler, recall_joins_the_tokens_of_an_iteration_and_forgets_them_with_it
   scheduler.predict(1, std::vector<float>{0, 0, 1.5F, 1.5F, 0, 0});
   scheduler.predict(1, std::vector<float>{0, 1.5F, 1.5F, 0, 0, 0});
   run(scheduler, 1, {0, 1, 2, 3});
-  EXPECT_EQ(scheduler.fills().stats()[1].predicted_needs, 4u);
+  EXPECT_EQ(scheduler.fills().stats()[1].predicted_accesses, 4u);
   EXPECT_EQ(scheduler.fills().stats()[1].recalled, 3u);
   EXPECT_EQ(scheduler.fills().stats()[1].critical, 3u);
 }
@@ -418,7 +418,7 @@ TEST(Scheduler, a_plan_takes_the_place_of_what_waits_and_is_served_in_its_order)
 
 TEST(Scheduler, a_plan_leaves_the_next_layer_of_a_prompt_to_be_read_ahead) {
   Scheduler scheduler = make(3, 2, 6);
-  scheduler.need(0, all_of(2));
+  scheduler.access(0, all_of(2));
   scheduler.predict(std::vector<ExpertId>{{2, 1}});
   std::vector<ExpertId> filled;
   for (const Fill& fill : start(scheduler)) filled.push_back(fill.expert);
@@ -491,7 +491,7 @@ TEST(Scheduler, allocates_nothing_after_construction) {
   for (int pass = 0; pass < 4; ++pass) {
     for (std::uint16_t layer = 0; layer < 3; ++layer) {
       const Experts& experts = pass % 2 == 0 ? whole : few;
-      scheduler.need(layer, experts);
+      scheduler.access(layer, experts);
       for (std::size_t computed = 0; computed < experts.size();) {
         if (const auto fill = scheduler.next_fill())
           scheduler.progress(fill->slot, FillOutcome::arrived);

@@ -27,13 +27,13 @@ class Walk {
         case 12: return issue();
         case 0: return end_iteration();
         case 1: return finish_fill();
-        case 2: return tell_changes();
+        case 2: return report_changes();
         case 3: return predict();
         case 4:
         case 5:
         case 6:
         case 7: return start(FillKind::prefetch);
-        default: return need();
+        default: return access();
       }
     }
     const auto chance = pick(100);
@@ -80,10 +80,10 @@ class Walk {
   }
 
   [[nodiscard]] std::uint64_t needs_ended() const { return needs_ended_; }
-  /// Experts that were computed behind a fill under way, and how many of those failed.
+  /// Experts that were computed behind a fill in flight, and how many of those failed.
   [[nodiscard]] std::uint64_t computed_behind() const { return computed_behind_; }
   [[nodiscard]] std::uint64_t spoiled() const { return spoiled_; }
-  /// Experts that were needed while a cancelled fill of theirs was under way.
+  /// Experts that were needed while a cancelled fill of theirs was in flight.
   [[nodiscard]] std::uint64_t needed_again() const { return needed_again_; }
 
  private:
@@ -110,7 +110,7 @@ class Walk {
     return std::nullopt;
   }
 
-  void need() {
+  void access() {
     // Mostly one layer after the other, as a forward pass goes.
     layer_ = static_cast<std::uint16_t>(pick(10) == 0 ? pick(shape_.layer_count)
                                                       : (layer_ + 1U) % shape_.layer_count);
@@ -167,12 +167,12 @@ class Walk {
         }
       }
     }
-    scheduler_.need(layer_, experts);
-    if (pick(4) != 0) tell_changes();
+    scheduler_.access(layer_, experts);
+    if (pick(4) != 0) report_changes();
     end_if_done();
   }
 
-  void tell_changes() {
+  void report_changes() {
     while (const auto change = scheduler_.fills().next_change()) {
       const auto expected = changes_.find(change->slot);
       ASSERT_NE(expected, changes_.end()) << "a change that nobody asked for";
@@ -248,9 +248,9 @@ class Walk {
     changes_.erase(ended);
     if (may_fail_ && pick(20) == 0) {
       const bool demanded = waited && slot.kind == FillKind::demand;
-      const Spoiled spoiled = slot.leased || demanded ? Spoiled::need
-                              : slot.computed_behind  ? Spoiled::results
-                                                      : Spoiled::nothing;
+      const FailureScope spoiled = slot.leased || demanded ? FailureScope::access
+                                   : slot.computed_behind  ? FailureScope::results
+                                                           : FailureScope::nothing;
       spoiled_ += slot.leased || slot.computed_behind ? 1 : 0;
       if (slot.leased) {
         slot.failed = true;
@@ -322,7 +322,7 @@ class Walk {
   }
 
   void abandon() {
-    scheduler_.abandon_need();
+    scheduler_.abandon_access();
     for (const auto& [expert, want] : wants_) {
       const auto slot = find({layer_, expert});
       if (want != Want::waiting || !slot || slots_[*slot].cancelled) continue;
@@ -373,7 +373,7 @@ class Walk {
   std::set<ExpertId> demands_;                   // not started
   std::set<ExpertId> ahead_;                     // to be read ahead, not started
   std::set<std::uint16_t> predicted_, ran_;      // layers, in this iteration
-  std::map<SlotIndex, FillChange::To> changes_;  // not told
+  std::map<SlotIndex, FillChange::To> changes_;  // not reported
   std::uint16_t layer_ = 0;
   bool running_ = false;
   bool broken_ = false;  // a fill that the need waited for has failed

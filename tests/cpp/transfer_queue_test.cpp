@@ -17,7 +17,7 @@ constexpr auto prefetch = FillKind::prefetch;
 
 using Entries = std::vector<std::pair<ExpertId, FillKind>>;
 
-/// What `queue` would serve, in order. Empties it.
+/// Entries that `queue` would serve, in order. Empties it.
 Entries drain(TransferQueue& queue) {
   Entries served;
   for (; queue.size() > 0; queue.erase(0)) {

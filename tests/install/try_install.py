@@ -132,7 +132,13 @@ CUDA_ON = f"{SHORT_BUILD};CMAKE_CUDA_ARCHITECTURES=90-real;CMAKE_CUDA_FLAGS_RELE
 
 
 def try_python(
-    base: Path, name: str, environment: Path, sources: dict[str, Path], checkpoint: Path, cuda: bool
+    name: str,
+    base: Path,
+    environment: Path,
+    *,
+    sources: dict[str, Path],
+    checkpoint: Path,
+    cuda: bool,
 ) -> tuple[bool, bool]:
     """Try every source with one interpreter; return whether all passed and whether text came."""
     run(base, "-m", "venv", environment)
@@ -179,9 +185,7 @@ def main(wanted: Sequence[str]) -> int:
             environment = scratch / f"environment-{len(tries)}"
             first = not tries
             tries.append(
-                side_by_side.submit(
-                    try_python, base, name, environment, sources, checkpoint, first
-                )
+                side_by_side.submit(try_python, base, name, environment, sources, checkpoint, first)
             )
         results = [one.result() for one in tries]
     if not any(wrote for _, wrote in results):

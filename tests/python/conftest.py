@@ -18,7 +18,7 @@ from planted_faults import planted_faults
 from spmoe import _core
 from spmoe.cli import main
 from spmoe.config import default_cache
-from spmoe.devices import cuda_status
+from spmoe.system.devices import cuda_status
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -54,7 +54,7 @@ if IS_ON:
 
 
 class _TorchOfDevices:
-    """torch, as `spmoe.devices` sees it: "cuda" is the fake device."""
+    """torch, as `spmoe.system.devices` sees it: "cuda" is the fake device."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -71,7 +71,8 @@ def cuda() -> Iterator[Any]:
 
     At the end, nothing may have been out of order, and nothing may be left on the device.
     """
-    from spmoe import _core, devices
+    from spmoe import _core
+    from spmoe.system import devices
 
     runtime: Any = _core.fake_cuda  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as changed, FakeDevice(runtime.observe_consumer) as device:

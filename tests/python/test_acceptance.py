@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from spmoe.acceptance import Acceptance
+from spmoe.decoding.acceptance import Acceptance
 
 
 def test_an_iteration_writes_the_accepted_tokens_and_one_more() -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from spmoe import cli, planner, prior, report
-from spmoe.bench import bench
+from spmoe import cli
+from spmoe.bench import bench, report
 from spmoe.bench.bounds import slot_bound_s
 from spmoe.bench.cell import Tally
-from spmoe.counters import Counters
+from spmoe.decoding import planner, prior
 from spmoe.errors import InvalidArgument
 from spmoe.prompts import Prompt, select_prompts
+from spmoe.reporting.counters import Counters
 from spmoe.runtime import POLICIES
 
 PROMPTS = [Prompt("a", "file", "Once upon a time"), Prompt("b", "file", "The disk")]

@@ -135,7 +135,7 @@ def test_verify_reports_identical_texts(run, model) -> None:
 def test_verify_shows_the_first_difference_and_fails(
     run, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import spmoe.verification as verification  # noqa: PLR0402
+    import spmoe.bench.verification as verification  # noqa: PLR0402
 
     alone = verification.generate_alone
 

@@ -19,8 +19,8 @@ import pytest
 
 import spmoe
 from spmoe.cli.progress import progress_bar
+from spmoe.decoding.prior import Choice
 from spmoe.policies import EVICTIONS, POLICIES
-from spmoe.prior import Choice
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spmoe, "verify", load)
     monkeypatch.setattr("spmoe.demo.pair.ensure_pair", load)
     monkeypatch.setattr(spmoe.bench, "bench", load)
-    monkeypatch.setattr(spmoe.measure, "make_profile", load)
+    monkeypatch.setattr(spmoe.costs.measure, "make_profile", load)
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -281,7 +281,9 @@ class TestTable:
         self, run: Any, target_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plain = Choice(0, prefetch=False)
-        monkeypatch.setattr("spmoe.draft_length.DraftLength.choose", lambda *_, **__: plain)
+        monkeypatch.setattr(
+            "spmoe.decoding.draft_length.DraftLength.choose", lambda *_, **__: plain
+        )
         command = ("generate", target_path, "--draft-model", target_path, "-p", "Hi", "-n")
         text = run(*command, 12, "--expert-memory", "25%", COLUMNS="120").err
         assert re.search(r"drafting does not pay on this link, \d+\.\d GB/s", text)

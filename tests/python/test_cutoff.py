@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from spmoe.costs import Costs, interpolate
-from spmoe.cutoff import (
+from spmoe.costs.costs import Costs, interpolate
+from spmoe.costs.cutoff import (
     break_even,
     byte_budget,
     cutoff_layer,

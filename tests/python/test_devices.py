@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import devices
 from spmoe.config import parse_memory
+from spmoe.system import devices
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from matplotlib.colors import to_rgb
 
 import draw_timeline
 from plain_words import BANNED, OPENERS
-from spmoe.costs import Costs
+from spmoe.bench.verification import Difference, Verification
+from spmoe.costs.costs import Costs
+from spmoe.costs.profile import Fingerprint
 from spmoe.doctor.link import Link
 from spmoe.doctor.report import Report
-from spmoe.machine import Memory, Processor, System
-from spmoe.metrics import Metrics
-from spmoe.profile import Fingerprint
-from spmoe.verification import Difference, Verification
+from spmoe.reporting.metrics import Metrics
+from spmoe.system.machine import Memory, Processor, System
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("build_docs", ROOT / "tools" / "build_docs.py")
@@ -207,3 +207,31 @@ def test_a_broken_link_stops_the_build(tmp_path: Path) -> None:
     script.write_text((ROOT / "tools" / "build_docs.py").read_text())
     ran = subprocess.run([sys.executable, script, "true"], check=False, capture_output=True)
     assert ran.returncode == 1
+
+
+def steps() -> list[tuple[str, list[str], list[Path]]]:
+    """Return the steps of docs/follow-the-code.md: what happens, functions, files."""
+    page = ROOT / "docs" / "follow-the-code.md"
+    rows = [line.strip("| ").split(" | ") for line in read(page).splitlines() if "](" in line]
+    return [
+        (
+            row[0],
+            re.findall(r"`([^`]+)`", row[1]),
+            [page.parent / link for link in re.findall(r"\]\(([^)]+)\)", row[2])],
+        )
+        for row in rows
+        if len(row) == 3
+    ]
+
+
+def test_each_step_through_the_code_names_functions_of_the_file_that_it_links() -> None:
+    found = steps()
+    assert len(found) > 25
+    for what, functions, files in found:
+        assert functions, what
+        text = "\n".join(file.read_text() for file in files)
+        for function in functions:
+            owner, _, name = function.replace("::", ".").rpartition(".")
+            defined = rf"(?:def |[\w>&*\]] (?:{owner}::)?){name}\("
+            assert re.search(defined, text), f"{function} is not defined in {files} ({what})"
+            assert not owner or re.search(rf"\b{owner}\b", text), f"{owner} is not in {files}"

@@ -17,7 +17,7 @@ from spmoe.doctor import Report, describe, examine
 from spmoe.doctor import report as report_module
 from spmoe.doctor.link import Sample, chosen_isa, measure_link, memcpy_gbps
 from spmoe.errors import Error
-from spmoe.machine import read_memory, read_processor, read_system
+from spmoe.system.machine import read_memory, read_processor, read_system
 
 WITHOUT_CUDA = 'this spmoe was built without CUDA; use device="host"'
 TINY = Sample(side=32, experts=3, layers=2)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from spmoe.draft_length import LONGEST, DraftLength
-from spmoe.prior import Choice
+from spmoe.decoding.draft_length import LONGEST, DraftLength
+from spmoe.decoding.prior import Choice
 
 ITERATIONS = 450
 SEEDS = range(4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spmoe.ema import Ema
+from spmoe.decoding.ema import Ema
 
 
 def averaged(ema: Ema, *values: float) -> float:

@@ -15,9 +15,10 @@ import torch
 
 import spmoe
 from families import greedy
-from spmoe import _core, closeable
+from spmoe import _core
 from spmoe.models.loading import load_plain
 from spmoe.models.text import encode
+from spmoe.system import closeable
 
 PROMPT = "Once upon a time there was a disk"
 NEW_TOKENS = 24

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import estimate as module
 from spmoe import loader
-from spmoe.costs import Costs
-from spmoe.estimate import estimate
+from spmoe.costs import estimate as module
+from spmoe.costs.costs import Costs
+from spmoe.costs.estimate import estimate
 from spmoe.models.loading import load_draft, load_target
 from spmoe.runtime import POLICIES, Runtime
 

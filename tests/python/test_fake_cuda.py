@@ -257,8 +257,8 @@ class TestFailures:
         self, fake_gpu: Any, target_path: Path, alone: list[int], nth: int
     ) -> None:
         with load(target_path, policy="on-demand") as engine:
-            fake_gpu.fail_copy_on_its_way(nth)
-            with pytest.raises(spmoe.DeviceError, match="failed on its way: cudaErrorUnknown"):
+            fake_gpu.fail_copy_in_flight(nth)
+            with pytest.raises(spmoe.DeviceError, match="failed in flight: cudaErrorUnknown"):
                 written(engine)
             assert written(engine) == alone
 

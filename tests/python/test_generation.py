@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from spmoe.generation import write
-from spmoe.metrics import Course
+from spmoe.decoding.generation import write
+from spmoe.reporting.metrics import Course
 
 
 @dataclass

@@ -17,11 +17,11 @@ import torch
 
 import spmoe
 from families import FAMILIES, make_checkpoint, make_dense_draft
-from spmoe import layer_map, predictor
-from spmoe.layer_map import LayerMap
 from spmoe.models.cache_support import cached
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_target, load_tokenizer
+from spmoe.prediction import layer_map, predictor
+from spmoe.prediction.layer_map import LayerMap
 from spmoe.runtime import Runtime
 
 PROMPT = [79, 110, 99, 101, 32, 117, 112, 111, 110]
@@ -355,7 +355,7 @@ class TestEngine:
             assert self.write(engine, 4) == expected
             assert sources.count("draft") >= 3 * 4
             assert runtime.stats()["predictions"] - before == len(sources)
-            assert runtime.stats()["predicted_needs"] > 0
+            assert runtime.stats()["predicted_accesses"] > 0
 
     def test_without_a_map_the_target_predicts_and_the_log_says_why(
         self,

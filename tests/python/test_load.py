@@ -12,7 +12,7 @@ import torch
 
 import spmoe
 from spmoe import loader
-from spmoe.measure import make_profile
+from spmoe.costs.measure import make_profile
 from spmoe.settings import LoadSettingNames, RuntimeSettingNames, Settings
 
 

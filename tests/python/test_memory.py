@@ -68,7 +68,7 @@ def sizes(checkpoint: Path) -> tuple[int, int, int]:
 
 def test_the_peak_is_this_process_own_and_not_its_parents() -> None:
     ballast = b"x" * (600 * MIB)
-    code = "from spmoe.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from spmoe.system.machine import peak_rss_bytes; print(peak_rss_bytes())"
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, preexec_fn=int
     )

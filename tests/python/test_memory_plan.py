@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 import spmoe
 from families import FAMILIES
-from spmoe import expert_memory, pinned
-from spmoe.expert_memory import expert_budget, free_bytes, reserve_bytes, slot_bytes
-from spmoe.memory_plan import MemoryPlan, longest_chunk, plan_memory, weight_bytes
+from spmoe.costs.memory_plan import MemoryPlan, longest_chunk, plan_memory, weight_bytes
 from spmoe.models.loading import load_target
 from spmoe.models.shapes import ModelShape
-from spmoe.out_of_memory import out_of_memory
-from spmoe.pinned import pinned_budget
 from spmoe.runtime import Runtime
+from spmoe.system import expert_memory, pinned
+from spmoe.system.expert_memory import expert_budget, free_bytes, reserve_bytes, slot_bytes
+from spmoe.system.out_of_memory import out_of_memory
+from spmoe.system.pinned import pinned_budget
 
 GIB = 1 << 30
 HOST = torch.device("cpu")

@@ -19,8 +19,8 @@ from spmoe.models.cache_support import cache_support
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.experts import ExpertStore, attach
 from spmoe.models.loading import TargetModel, load_draft, load_target
-from spmoe.predictor import draft_predictions, target_predictions
-from spmoe.routers import routers
+from spmoe.prediction.predictor import draft_predictions, target_predictions
+from spmoe.prediction.routers import routers
 
 META = torch.device("meta")
 PROMPT = list(range(40))  # past the sliding windows of the families

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import model_memory
 from families import FAMILIES, make_checkpoint
 from model_memory import count_slots, draft_config, draft_sizes, known_rows, make_row, target_sizes
-from spmoe.memory_plan import weight_bytes
+from spmoe.costs.memory_plan import weight_bytes
 from spmoe.models.loading import load_draft, load_target
 from synthetic_checkpoint import make_config
 

@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from families import PADDED_VOCABULARY, VOCABULARY, make_tokenizer
+from spmoe.decoding.pairing import check_pairing
 from spmoe.errors import InvalidArgument
-from spmoe.pairing import check_pairing
 
 
 def check(

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from spmoe.costs import Costs
-from spmoe.counters import Counters
-from spmoe.planner import PLAIN_FIRST, Plan, Planner
+from spmoe.costs.costs import Costs
+from spmoe.decoding.planner import PLAIN_FIRST, Plan, Planner
+from spmoe.decoding.prior import Choice, Shape
 from spmoe.policies import traits_of
-from spmoe.prior import Choice, Shape
+from spmoe.reporting.counters import Counters
 
 MIB = 1 << 20
 COSTS = Costs(
@@ -61,7 +61,7 @@ def grown(
     return Counters(
         link_bytes=round(fills * 16 * MIB),
         stall_s=stall_s,
-        predicted_needs=needs,
+        predicted_accesses=needs,
         recalled=recalled,
         critical=recalled if critical is None else critical,
     )

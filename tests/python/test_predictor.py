@@ -13,14 +13,14 @@ import torch
 
 import spmoe
 from families import FAMILIES, make_checkpoint
-from spmoe import predictor
 from spmoe.config import MAX_ROWS
 from spmoe.models.cache_support import cached
 from spmoe.models.cached import CachedCausalLM
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_plain, load_target
 from spmoe.policies import EVICTIONS, POLICIES, traits_of
-from spmoe.routers import routers
+from spmoe.prediction import predictor
+from spmoe.prediction.routers import routers
 from spmoe.runtime import Runtime
 
 PROMPT = [79, 110, 99, 101, 32, 117, 112, 111, 110]

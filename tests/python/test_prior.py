@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from spmoe.costs import Costs
+from spmoe.costs.costs import Costs
+from spmoe.decoding.prior import Choice, Shape, choices, expected_fills, expected_s
 from spmoe.policies import traits_of
-from spmoe.prior import Choice, Shape, choices, expected_fills, expected_s
 
 MIB = 1 << 20
 COSTS = Costs(

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import cli, loader, measure, probe, states
+from spmoe import cli, loader
+from spmoe.costs import measure, probe
+from spmoe.costs.measure import make_profile
+from spmoe.costs.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
 from spmoe.errors import InvalidArgument
-from spmoe.measure import make_profile
 from spmoe.models.loading import load_target
-from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
+from spmoe.prediction import states
 from spmoe.settings import Settings
 
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import whole_file
-from spmoe.costs import Costs
-from spmoe.layer_map import LayerMap
+from spmoe.costs.costs import Costs
+from spmoe.costs.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
+from spmoe.decoding.planner import Planner
+from spmoe.decoding.prior import Shape
 from spmoe.models.loading import load_draft, load_target
-from spmoe.planner import Planner
 from spmoe.policies import traits_of
-from spmoe.prior import Shape
-from spmoe.profile import Fingerprint, Profile, find_profile, known_costs, known_layer_map
+from spmoe.prediction.layer_map import LayerMap
 from spmoe.settings import Settings
+from spmoe.system import whole_file
 
 SEEDS = range(300)
 COSTS = Costs(

@@ -29,11 +29,11 @@ from recall import (
     of_verifications,
     overall,
 )
-from spmoe import layer_map, predictor
 from spmoe.models.experts import attach
 from spmoe.models.loading import TargetModel, load_draft, load_target
+from spmoe.prediction import layer_map, predictor
+from spmoe.prediction.states import STATES
 from spmoe.runtime import Runtime
-from spmoe.states import STATES
 
 PROMPT = [79, 110, 99, 101, 32, 117, 112, 111, 110]
 OTHER = [84, 104, 101, 32, 100, 105, 115, 107]
@@ -63,7 +63,7 @@ class TestCounts:
         assert total.at_k == 0.25
 
     def test_the_runtimes_counters(self) -> None:
-        layer = {"predicted_needs": 9, "recalled": 5, "recalled_2k": 7, "critical": 6, "hits": 1}
+        layer = {"predicted_accesses": 9, "recalled": 5, "recalled_2k": 7, "critical": 6, "hits": 1}
         assert of_verifications({"layers": [layer]}) == [Recall(9, 5, 7, 6)]
 
     def test_the_runtimes_calibration(self) -> None:

@@ -15,7 +15,7 @@ from families import FAMILIES
 from replay import Pace, Replay, Tensors, access_all, to_row
 from replay_costs import measure_costs
 from scripted import ModelShape, Request, RoutingModel, draw, map_recording
-from spmoe.costs import Costs
+from spmoe.costs.costs import Costs
 from spmoe.errors import InvalidArgument
 from spmoe.runtime import POLICIES, Runtime
 from synthetic_checkpoint import write_checkpoint

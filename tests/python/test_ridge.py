@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spmoe import ridge
+from spmoe.prediction import ridge
 
 HIDDEN, EXPERTS, TOP_K = 12, 6, 2
 

@@ -16,7 +16,7 @@ import torch
 
 import spmoe
 from families import make_checkpoint
-from spmoe.counters import Counters
+from spmoe.reporting.counters import Counters
 from spmoe.runtime import Runtime
 
 TOP_K = 3
@@ -209,10 +209,10 @@ def test_negated_scores_are_read_as_what_they_show(store: Any) -> None:
             runtime.forward(
                 0, torch.zeros(1, store.hidden), torch.tensor([[0, 1, 7]]), torch.ones(1, 3)
             )
-            counters = {n: runtime.stats()[n] for n in ("predicted_needs", "recalled")}
+            counters = {n: runtime.stats()[n] for n in ("predicted_accesses", "recalled")}
         expected = expected or counters
         assert counters == expected
-    assert expected == {"predicted_needs": 3, "recalled": 1}
+    assert expected == {"predicted_accesses": 3, "recalled": 1}
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def run_python(checkpoint: Path, script: str) -> str:
 
 
 _FORK = """
-from spmoe.closeable import at_work
+from spmoe.system.closeable import at_work
 runtime = open_runtime(compute_threads=2)
 expected = forward(runtime)
 busy = open_runtime(link_gbps=1e-4)  # a thread is in it at the fork, with its locks
@@ -502,7 +502,7 @@ def test_daemon_threads_in_a_layer_do_not_abort_the_exit(target_path: Path) -> N
 
 
 _DAEMON_IN_TORCH = """
-from spmoe.closeable import at_work
+from spmoe.system.closeable import at_work
 begun = threading.Event()
 square = torch.ones(1500, 1500)
 def passes():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from spmoe import speculative
+from spmoe.decoding import speculative
 
 VOCABULARY = 7
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import spmoe
-from spmoe.trace import Phase, write_trace
+from spmoe.reporting.trace import Phase, write_trace
 
 TRACKS = ["draft", "verify", "compute", "wait", "link: demand", "link: prefetch"]
 PROMPT = "Once upon a time there was a disk"

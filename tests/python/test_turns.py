@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from spmoe.decoding.turns import Turns
 from spmoe.errors import Error
-from spmoe.turns import Turns
 
 WAIT_S = 30.0  # of a test that would hang
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spmoe
-from spmoe import verification
+from spmoe.bench import verification
 
 PROMPTS = ["Once upon a time", "A disk"]
 BFLOAT16 = torch.bfloat16

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from spmoe import probe
 from spmoe.bench.cell import Cell, Models, Tally, open_engine, run_prompt
+from spmoe.costs import probe
 from spmoe.policies import BASELINE, PROBE, traits_of
 from spmoe.runtime import Runtime
 

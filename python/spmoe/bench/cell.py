@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from spmoe.costs import Costs
-from spmoe.counters import Counters
+from spmoe.costs.costs import Costs
+from spmoe.costs.estimate import estimate
+from spmoe.costs.profile import Fingerprint, known_costs, known_layer_map
 from spmoe.engine import Engine
-from spmoe.estimate import estimate
-from spmoe.layer_map import LayerMap
 from spmoe.models.loading import load_draft, load_target, load_tokenizer
 from spmoe.policies import PROBE
-from spmoe.profile import Fingerprint, known_costs, known_layer_map
+from spmoe.prediction.layer_map import LayerMap
+from spmoe.reporting.counters import Counters
 from spmoe.settings import Settings, check_dtype
 
 
@@ -146,7 +146,7 @@ def shares(used: Counters) -> dict[str, float | None]:
     return {
         "hit_rate": used.hits / used.needed,
         "late_rate": used.late / used.needed,
-        "recall": used.recalled / used.predicted_needs if used.predicted_needs else None,
+        "recall": used.recalled / used.predicted_accesses if used.predicted_accesses else None,
         "wasted_share": max(0.0, wasted),
     }
 

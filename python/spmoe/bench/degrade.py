@@ -14,7 +14,7 @@ def exchange(scores: torch.Tensor, share: float, generator: random.Random) -> to
     """Return scores in which some of the predicted experts have changed places with random ones.
 
     Args:
-        scores: [experts], as `spmoe.predictor.join`.
+        scores: [experts], as `spmoe.prediction.predictor.join`.
         share: How likely each predicted expert is exchanged, with any of the layer or itself.
         generator: Draws both.
     """

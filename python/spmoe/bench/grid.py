@@ -23,15 +23,15 @@ from spmoe.bench.bounds import (
 )
 from spmoe.bench.cell import Cell, Tally, load_models, open_engine, run_prompt, to_row
 from spmoe.bench.degrade import degrade
-from spmoe.devices import device_model
 from spmoe.errors import InvalidArgument
-from spmoe.machine import cpu_model
 from spmoe.models.loading import load_plain
 from spmoe.models.reference import generate_alone
 from spmoe.policies import BASELINE, POLICIES, traits_of
-from spmoe.progress import Progress, silent
 from spmoe.prompts import Prompt
+from spmoe.reporting.progress import Progress, silent
 from spmoe.settings import Settings
+from spmoe.system.devices import device_model
+from spmoe.system.machine import cpu_model
 
 
 def bench(

@@ -80,7 +80,7 @@ from spmoe.policies import EVICTIONS, POLICIES
 @option("--plot", type=OutputFile(), metavar="F", help="Time per token over expert memory.")
 def bench(**flags: Any) -> None:
     """Measure policies, budgets and draft lengths against each other and against the bound."""
-    from spmoe import report
+    from spmoe.bench import report
     from spmoe.prompts import select_prompts
 
     check_models(**flags)

@@ -117,7 +117,7 @@ def generate(
                 plain = _why_plain(engine, figures, no_speculation)
                 _print_figures(figures, plain, engine.load_seconds, flags["link_gbps"])
         if flags["trace"] is not None:
-            from spmoe.trace import write_trace
+            from spmoe.reporting.trace import write_trace
 
             write_trace(flags["trace"], engine.phases, engine.runtime.spans())
 
@@ -149,7 +149,7 @@ def _why_plain(engine: Engine, figures: dict[str, Any], no_speculation: bool) ->
         return f"decoded plainly: {engine.draft_note}"
     if engine.draft_length == 0:
         return "decoded plainly: draft length 0"
-    from spmoe.planner import PLAIN_FIRST
+    from spmoe.decoding.planner import PLAIN_FIRST
 
     if figures["iterations"] <= 1 + PLAIN_FIRST:
         return "decoded plainly: the text ended before a draft was tried"

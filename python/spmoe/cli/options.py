@@ -14,7 +14,7 @@ from spmoe.cli.progress import progress_bar
 from spmoe.cli.types import DEVICE, DRAFT_LENGTH, MEMORY, PINNED_MEMORY
 from spmoe.demo import VARIANTS
 from spmoe.policies import DEFAULT, EVICTIONS, POLICIES
-from spmoe.progress import Progress
+from spmoe.reporting.progress import Progress
 
 
 def option(

@@ -23,7 +23,7 @@ from spmoe.cli.types import MEMORY
 from spmoe.config import format_count
 
 if TYPE_CHECKING:
-    from spmoe.profile import Profile
+    from spmoe.costs.profile import Profile
 
 
 @click.command()
@@ -51,7 +51,7 @@ def profile(**flags: Any) -> None:
     quiet = flags["quiet"] or flags["as_json"]
     with progress_bar(quiet) as progress:
         progress("importing torch and transformers", 0, 1)
-        from spmoe.measure import make_profile
+        from spmoe.costs.measure import make_profile
         from spmoe.settings import Settings
 
         target, draft = find_models(progress, **flags)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from spmoe.progress import Progress, silent
+from spmoe.reporting.progress import Progress, silent
 
 _PATIENCE_S = 2.0  # without a terminal, work that ends sooner is not spoken of
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from spmoe.config import format_bytes
 from spmoe.errors import Error
-from spmoe.progress import Progress
+from spmoe.reporting.progress import Progress
 
 MANIFEST = "manifest.json"
 DISK_CURE = "free some space, or set SPMOE_CACHE to a folder on another disk"

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spmoe.demo.dense import Dense
 from spmoe.demo.recipe import DenseLayer, Recipe, shared_settings
-from spmoe.progress import Progress
+from spmoe.reporting.progress import Progress
 
 SHARD_BYTES = 300 * 10**6
 _GenerationConfig: Any = GenerationConfig  # transformers does not type it

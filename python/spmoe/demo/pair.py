@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from spmoe.calibration import calibration_text, tokenize_calibration
 from spmoe.config import default_cache
 from spmoe.demo import VARIANTS, cache, dense, routing
 from spmoe.demo.checkpoint import write_draft, write_target
@@ -22,7 +21,8 @@ from spmoe.demo.mixtral import NoisyCopies
 from spmoe.demo.qwen2_moe import NoisyParts
 from spmoe.demo.recipe import Recipe, fingerprint
 from spmoe.errors import Error, InvalidArgument
-from spmoe.progress import Progress, silent
+from spmoe.prediction.calibration import calibration_text, tokenize_calibration
+from spmoe.reporting.progress import Progress, silent
 
 _RECIPES: dict[str, Recipe] = dict(zip(VARIANTS, (NoisyCopies(), NoisyParts()), strict=True))
 _CODE_VERSION = 1  # raised when this package makes other bytes of the same recipe

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import LlamaForCausalLM
 
-from spmoe.progress import Progress
+from spmoe.reporting.progress import Progress
 
 _ITERATIONS = 20
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from spmoe.bench.bounds import touch_all
 from spmoe.demo.cache import PARTIAL, check_space, only_process
-from spmoe.progress import Progress, silent
+from spmoe.reporting.progress import Progress, silent
 from spmoe.runtime import Runtime
 from spmoe.store import open_store
 

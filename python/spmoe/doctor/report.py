@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from spmoe.config import default_cache
-from spmoe.devices import cuda_status
 from spmoe.doctor.link import Link, chosen_isa, measure_link, memcpy_gbps
 from spmoe.errors import Error
-from spmoe.machine import (
+from spmoe.reporting.progress import Progress
+from spmoe.system.devices import cuda_status
+from spmoe.system.machine import (
     Memory,
     Processor,
     System,
@@ -22,7 +23,6 @@ from spmoe.machine import (
     read_processor,
     read_system,
 )
-from spmoe.progress import Progress
 
 _MEMCPY_BYTES = 256 << 20  # larger than a processor's caches
 

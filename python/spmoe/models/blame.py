@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from spmoe.errors import CheckpointError, Error, OutOfMemory
-from spmoe.out_of_memory import is_out_of_memory
+from spmoe.system.out_of_memory import is_out_of_memory
 
 _REASON_LENGTH = 300  # characters
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from spmoe.errors import InvalidArgument, OutOfMemory
 from spmoe.models.cached import CachedCausalLM, CacheSupport, CausalLM
 from spmoe.models.experts import without_contribution
-from spmoe.out_of_memory import is_out_of_memory
+from spmoe.system.out_of_memory import is_out_of_memory
 
 _PROMPT = (5, 3, 8)
 _NEW_TOKENS = 4  # that the trial writes; all but the last are read

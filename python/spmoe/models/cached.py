@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from spmoe.models.snapshot import copied_state, restore_state
-from spmoe.out_of_memory import out_of_memory
+from spmoe.system.out_of_memory import out_of_memory
 
 CausalLM = PreTrainedModel
 

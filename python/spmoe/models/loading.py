@@ -27,11 +27,11 @@ from spmoe.models.linear import quicken
 from spmoe.models.pretrained import build_empty, read_tokenizer
 from spmoe.models.shapes import TOP_K_NAMES
 from spmoe.models.weights import check_depth, read_model
-from spmoe.out_of_memory import out_of_memory
-from spmoe.progress import Progress
+from spmoe.reporting.progress import Progress
 from spmoe.runtime import Runtime
 from spmoe.settings import DTYPES, RuntimeSettingNames, Settings
 from spmoe.store import open_store
+from spmoe.system.out_of_memory import out_of_memory
 
 HOST = torch.device("cpu")
 

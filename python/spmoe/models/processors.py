@@ -8,14 +8,16 @@ verification applies them row by row and writes what ``generate`` writes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from spmoe.cached_model import Process
 from spmoe.errors import InvalidArgument
+
+# Scores of the token after a text: text, logits [vocab] -> [vocab].
+Process = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 
 # Settings that change a text in another way than by processors -> the value that does not.
 _NOT_APPLIED: dict[str, Any] = {

@@ -52,7 +52,7 @@ Index running_block;
 const std::function<void()>* running_body = nullptr;
 
 // A place in a fibre or the scheduler to come back to. Jumps change stacks without asking the
-// kernel, but the address sanitizer knows contexts alone, and must be told of each change.
+// kernel, but the address sanitizer knows contexts alone, and must be reported of each change.
 #ifdef __SANITIZE_ADDRESS__
 void leave_for(Place& here, Place& there) {
   __sanitizer_start_switch_fiber(&here.fake_stack, there.bottom, there.bytes);

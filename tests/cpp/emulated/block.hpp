@@ -23,7 +23,7 @@ void run_grid(Index grid, unsigned threads, const std::function<void()>& body);
 /// Waits for every thread of the block; true if `value` is in one.
 bool any_of_block(bool value);
 
-/// What a lane hands to its warp.
+/// Value that a lane hands to its warp.
 struct Operands {
   std::uint32_t a[4];
   std::uint32_t b[2];

@@ -1,2 +1,2 @@
 // The backend's own source, over the fake CUDA runtime and the emulated processor.
-#include "compute/cuda_layer_compute.cu"
+#include "compute/cuda/cuda_layer_compute.cu"

@@ -1,5 +1,5 @@
 // The streams and the memory of CudaLayerCompute, over the fake CUDA runtime.
-#include "compute/cuda_layer_compute.hpp"
+#include "compute/cuda/cuda_layer_compute.hpp"
 
 #include <gtest/gtest.h>
 
@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "device/cuda_handle.hpp"
+#include "device/cuda/handle.hpp"
 #include "fake_cuda.hpp"
 #include "message_of.hpp"
 #include "random_expert.hpp"

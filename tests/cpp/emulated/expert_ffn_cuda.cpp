@@ -1,2 +1,2 @@
 // The kernels' own source, over the emulated processor.
-#include "compute/expert_ffn_cuda.cu"
+#include "compute/cuda/expert_ffn_cuda.cu"

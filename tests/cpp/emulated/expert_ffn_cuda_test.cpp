@@ -1,5 +1,5 @@
 // The CUDA kernels over the emulated processor, against the host's and double precision.
-#include "compute/expert_ffn_cuda.hpp"
+#include "compute/cuda/expert_ffn_cuda.hpp"
 
 #include <gtest/gtest.h>
 
@@ -77,7 +77,7 @@ struct PlacedExpert {
   std::size_t offset;
 };
 
-/// How far results may lie apart that only sums, and then perhaps the last rounding, tell apart.
+/// The most by which results differ whose sums have another order, last rounding included.
 float rounding_of(DType dtype) {
   switch (dtype) {
     case DType::f32: return 1e-5F;

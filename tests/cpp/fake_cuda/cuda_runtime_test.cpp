@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "device/cuda_handle.hpp"
+#include "device/cuda/handle.hpp"
 #include "fake_cuda.hpp"
 #include "layer_calls.hpp"
 #include "message_of.hpp"
@@ -79,7 +79,7 @@ class Caller {
     runtime.predict(layer, held.as<float>(), PredictionSource::draft, consumer());
   }
 
-  /// What the calls since the last time gave.
+  /// Results of the calls since the last time.
   std::vector<std::vector<float>> results() {
     SPMOE_CUDA_TRY(cudaStreamSynchronize(stream_.get()));
     std::vector<std::vector<float>> outs;
@@ -210,10 +210,10 @@ TEST(CudaRuntime, counts_every_byte_once_all_copies_have_arrived) {
   static_cast<void>(converse(runtime, caller, conversation(50)));
   RuntimeStats stats = runtime.stats();
   while (stats.queue_depth > 0 || stats.link.bytes != moved(total(runtime))) {
-    std::this_thread::yield();  // prefetches that nobody waits for are still under way
+    std::this_thread::yield();  // prefetches that nobody waits for are still in flight
     stats = runtime.stats();
   }
-  EXPECT_GT(total(runtime).predictions, 0u) << "the mailbox brought nothing";
+  EXPECT_GT(total(runtime).predictions, 0u) << "no scores were read back";
   EXPECT_EQ(stats.pinned_bytes, all_pinned);
 }
 
@@ -260,7 +260,8 @@ TEST(CudaRuntime, computes_on_the_default_stream_of_its_own_device) {
     Caller caller{/*own_stream=*/false};
     const auto calls = conversation(55);
     for (const LayerCall& call : calls) {
-      // What makes the choice is queued on cuda:1; then the caller's thread is back on cuda:0.
+      // The work that makes the choice is queued on cuda:1; then the caller's thread is back on
+      // cuda:0.
       caller.forward(runtime, call, 0);
     }
     outs = caller.results();
@@ -315,19 +316,19 @@ TEST(CudaRuntime, pins_what_the_system_lets_it_pin_and_fetches_the_rest_from_the
   const auto filed = std::make_shared<FakeStore>(format, layer_count, expert_count);
   filed->move_to_file();
   const Session session{{.pinned_bytes = 30 << 10}};  // some of it is for bounce buffers
-  std::uint64_t told = 0;
+  std::uint64_t reported = 0;
   RuntimeOptions some = cuda_options(6, all_pinned);
   some.pinned_progress = [&](std::uint64_t done, std::uint64_t whole) {
-    EXPECT_LE(told, done);
+    EXPECT_LE(reported, done);
     EXPECT_LE(done, whole);
-    told = done;
+    reported = done;
   };
   Runtime runtime{filed, some};
   const std::uint64_t pinned = runtime.stats().pinned_bytes;
   EXPECT_GT(pinned, 0u);
   EXPECT_LT(pinned, all_pinned);
   EXPECT_EQ(pinned % slot_bytes, 0u);
-  EXPECT_EQ(told, pinned);
+  EXPECT_EQ(reported, pinned);
   Caller caller;
   expect_same_bits(converse(runtime, caller, conversation(54)), 54);
 }
@@ -376,13 +377,13 @@ TEST(CudaRuntime, a_copy_that_is_refused_fails_one_request) {
       << message;
 }
 
-TEST(CudaRuntime, a_copy_that_fails_on_its_way_fails_one_request_though_compute_had_begun) {
+TEST(CudaRuntime, a_copy_that_fails_in_flight_fails_one_request_though_compute_had_begun) {
   for (const std::uint64_t nth : {150U, 180U, 210U}) {
     Session session;
     Runtime runtime{store(), cuda_options(6, all_pinned)};
-    session.fail_copy_on_its_way(nth);
+    session.fail_copy_in_flight(nth);
     const std::string message = error_of_one_request(session, runtime);
-    EXPECT_NE(message.find("failed on its way: cudaErrorUnknown"), std::string::npos) << message;
+    EXPECT_NE(message.find("failed in flight: cudaErrorUnknown"), std::string::npos) << message;
   }
 }
 
@@ -453,7 +454,7 @@ TEST(CudaRuntime, gives_everything_back_when_it_is_closed) {
   EXPECT_GE(runtime.stats().link.bytes, std::uint64_t{all_slots} * slot_bytes);
 }
 
-// What the fake is for: each wait of the backend, left out, is noticed.
+// The purpose of the fake: each wait of the backend, left out, is noticed.
 
 struct Mutation {
   const char* name;
@@ -501,13 +502,13 @@ TEST_P(CudaMutation, a_missing_wait_is_noticed) {
 INSTANTIATE_TEST_SUITE_P(
     all, CudaMutation,
     ::testing::Values(Mutation{"compute_before_its_fill", Session::Wait::of_stream, true,
-                               "read while its fill may be under way"},
+                               "read while its fill may be in flight"},
                       Mutation{"refill_before_the_last_use", Session::Wait::of_stream, false,
                                "written while it may be read"},
                       Mutation{"choice_read_before_it_arrived", Session::Wait::of_host, true,
                                "other bits"},
                       Mutation{"completion_before_the_copy_arrived", Session::Wait::of_host, false,
-                               "read while its fill may be under way"}),
+                               "read while its fill may be in flight"}),
     [](const auto& test) { return test.param.name; });
 
 }  // namespace

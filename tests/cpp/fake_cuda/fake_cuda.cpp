@@ -25,7 +25,7 @@ void merge(Clock& into, const Clock& other) {
   for (const auto& [stream, time] : other) into[stream] = std::max(into[stream], time);
 }
 
-/// What `cudaEventRecord` captured: passes when the stream gets there.
+/// The position that `cudaEventRecord` captured: passes when the stream gets there.
 struct Recording {
   cudaStream_t stream = nullptr;
   Clock clock;
@@ -191,9 +191,9 @@ void note_access(const CUstream_st& stream, std::span<const std::byte> bytes, bo
     const auto seen = stream.clock.find(before.stream);
     if (seen == stream.clock.end() || seen->second < before.time) {
       state->violations.emplace_back(write ? (before.write
-                                                  ? "written while a copy into it may be under way"
+                                                  ? "written while a copy into it may be in flight"
                                                   : "written while it may be read")
-                                           : "read while its fill may be under way");
+                                           : "read while its fill may be in flight");
     }
     return write && covered;
   });
@@ -312,7 +312,7 @@ void Session::remember() {
   wait_until_all_idle(lock);
 }
 
-void Session::fail_copy_on_its_way(std::uint64_t nth) {
+void Session::fail_copy_in_flight(std::uint64_t nth) {
   const std::scoped_lock lock{state->mutex};
   state->failing_copy = state->copies + nth;
 }

@@ -55,10 +55,10 @@ class Session {
   /// forgotten wait would have kept.
   void remember();
 
-  /// The n-th copy to the device from now on is accepted, and fails on its way.
-  void fail_copy_on_its_way(std::uint64_t nth);
+  /// The n-th copy to the device from now on is accepted, and fails in flight.
+  void fail_copy_in_flight(std::uint64_t nth);
 
-  /// The n-th copy to the device from now on breaks the context: it fails on its way, and every
+  /// The n-th copy to the device from now on breaks the context: it fails in flight, and every
   /// call from then on returns `error`. Memory, streams and events can still be given back.
   void lose_context_at_copy(std::uint64_t nth, cudaError_t error);
 
@@ -68,10 +68,10 @@ class Session {
 
   [[nodiscard]] std::uint64_t calls(std::string_view function) const;
 
-  /// What was out of order so far; the end of the session no longer complains of it.
+  /// Accesses out of order so far; the end of the session no longer complains of it.
   [[nodiscard]] std::vector<std::string> take_violations();
 
-  /// What exists: streams, events, allocations.
+  /// Objects that exist: streams, events, allocations.
   [[nodiscard]] std::string leftovers() const;
 };
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "device/cuda_handle.hpp"
+#include "device/cuda/handle.hpp"
 
 // That the fake notices what it is there to notice.
 namespace spmoe::fake_cuda {
@@ -46,7 +46,7 @@ TEST(FakeCuda, notices_what_two_streams_do_without_order) {
     if (ordered) SPMOE_CUDA_TRY(cudaStreamWaitEvent(compute.get(), copied.get(), 0));
     EXPECT_EQ(launch(compute.get(), {buffers.on_device()}, [] {}), cudaSuccess);
     EXPECT_EQ(session.take_violations(),
-              ordered ? Violations{} : Violations{"read while its fill may be under way"});
+              ordered ? Violations{} : Violations{"read while its fill may be in flight"});
     EXPECT_EQ(cudaEventRecord(used.get(), compute.get()), cudaSuccess);
     if (ordered) SPMOE_CUDA_TRY(cudaStreamWaitEvent(copies.get(), used.get(), 0));
   }

@@ -1,8 +1,8 @@
 #include <memory>
 #include <vector>
 
-#include "compute/cuda_layer_compute.hpp"
-#include "device/cuda_handle.hpp"
+#include "compute/cuda/cuda_layer_compute.hpp"
+#include "device/cuda/handle.hpp"
 #include "fake_cuda.hpp"
 
 namespace spmoe {

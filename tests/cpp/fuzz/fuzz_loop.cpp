@@ -79,7 +79,7 @@ std::vector<std::string> seeds() {
   return files;
 }
 
-/// What a header is made of, and numbers at the edges of what counts them.
+/// Parts of a header, and numbers at the edges of what counts them.
 constexpr std::array tokens{"{",
                             "}",
                             "[",

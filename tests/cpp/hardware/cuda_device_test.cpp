@@ -1,4 +1,4 @@
-#include "device/cuda_device.hpp"
+#include "device/cuda/cuda_device.hpp"
 
 #include <gtest/gtest.h>
 

@@ -10,7 +10,7 @@
 
 #include "base/error.hpp"
 #include "bindings/unlocked.hpp"
-#include "device/cuda_handle.hpp"
+#include "device/cuda/handle.hpp"
 #include "fake_cuda.hpp"
 
 namespace py = pybind11;
@@ -31,7 +31,7 @@ void start(const fake_cuda::Settings& settings) {
               "cudaStreamCreateWithPriority");
 }
 
-/// Ends the session and starts one anew. Returns what it left behind or had out of order.
+/// Ends the session and starts another. Returns what it left behind or had out of order.
 std::vector<std::string> restart(const fake_cuda::Settings& settings) {
   static_cast<void>(cudaStreamDestroy(std::exchange(consumer, nullptr)));
   if (const std::string left = session->leftovers(); !left.empty()) {
@@ -114,7 +114,7 @@ void bind_fake_cuda(py::module_& core) {
     session->remember();
   });
   m.def(
-      "fail_copy_on_its_way", [](std::uint64_t nth) { session->fail_copy_on_its_way(nth); },
+      "fail_copy_in_flight", [](std::uint64_t nth) { session->fail_copy_in_flight(nth); },
       py::arg("nth"));
   m.def(
       "lose_context_at_copy",

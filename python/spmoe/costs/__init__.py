@@ -1,0 +1,1 @@
+"""Costs of decoding on this machine: measured, kept, and modelled."""

@@ -1,0 +1,1 @@
+"""Which experts the target will choose, from states that are computed anyway."""
