@@ -156,7 +156,7 @@ class Runtime {
   void on_scores(const ScoreReadback::Origin& origin, std::span<const float> scores);
   [[nodiscard]] std::span<const std::int64_t> fetch_index(std::uint16_t layer,
                                                           const LayerArgs& args);
-  void run_accessed(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
+  void run_experts(std::unique_lock<std::mutex>& lock, std::uint16_t layer, const LayerArgs& args);
   void compute_ready(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
                      std::uintptr_t consumer);
   static void throw_failure(std::string& failure);

@@ -36,7 +36,7 @@ void Runtime::run_layer(std::uint16_t layer, const LayerArgs& args) {
   throw_failure(spoiled_);
   access_failure_.clear();
   try {
-    run_accessed(lock, layer, args);
+    run_experts(lock, layer, args);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     scheduler_.abandon_access();
@@ -71,7 +71,7 @@ void Runtime::throw_failure(std::string& failure) {
   if (!failure.empty()) throw DeviceError{std::exchange(failure, {})};
 }
 
-void Runtime::run_accessed(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
+void Runtime::run_experts(std::unique_lock<std::mutex>& lock, std::uint16_t layer,
                            const LayerArgs& args) {
   scheduler_.access(layer, rows_.experts(), rows_.counts(), args.tokens);
   start_fills();
