@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from replay import Pace, Tensors, access_all
-from spmoe.costs.costs import Costs, probe
+from spmoe.costs import probe
+from spmoe.costs.costs import Costs
 from spmoe.errors import InvalidArgument
 from spmoe.runtime import Runtime
 

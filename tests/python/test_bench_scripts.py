@@ -224,6 +224,16 @@ def test_compare_offload(target_path: Path) -> None:
     assert all(row[3].strip() == "1 of 1" for row in rows)
 
 
+def test_compare_checkouts(target_path: Path) -> None:
+    package = Path(spmoe.__file__).parents[1]
+    bench = (target_path, "--policies", "on-demand", "--expert-memory", "50%")
+    text = run("compare_checkouts.py", package, package, "--", *bench, "--draft-length", 0, "-n", 4)
+    rows = [line for line in text.splitlines() if line.startswith("| on-demand")]
+    assert len(rows) == 1
+    assert "| 1.000 |" in rows[0]  # the same bytes
+    assert "bytes_per_token: geometric mean 1.000" in text
+
+
 def test_compare_offload_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     monkeypatch.setattr("compare_offload.cuda_status", lambda: (0, "no driver"))
