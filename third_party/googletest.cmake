@@ -23,6 +23,7 @@ if(NOT GTest_FOUND)
     add_library(spmoe_${target} STATIC ${SPMOE_GTEST_SOURCES}/src/${target}.cc)
     target_include_directories(spmoe_${target} SYSTEM PUBLIC ${SPMOE_GTEST_SOURCES}/include
                                PRIVATE ${SPMOE_GTEST_SOURCES})
+    target_compile_options(spmoe_${target} PRIVATE $<$<CXX_COMPILER_ID:GNU,Clang>:-O0>)
     target_link_libraries(spmoe_${target} PUBLIC Threads::Threads)
   endforeach()
   target_link_libraries(spmoe_gtest_main PUBLIC spmoe_gtest-all)

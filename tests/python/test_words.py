@@ -24,6 +24,8 @@ TERMS = {
     "tests/python": r"marks?|word ?piece",
 }
 
+BANNED_WORD = re.compile(rf"\b(?:{'|'.join(BANNED_IN_CODE)})\b", re.IGNORECASE)
+
 Found = tuple[int, str]  # line, text
 
 
@@ -92,10 +94,10 @@ def faults(file: str, source: str) -> Iterator[str]:
     named = [
         (line, words_of(name)) for line, name in names_of(file, source) if name != "pytestmark"
     ]
-    for word, better in BANNED_IN_CODE.items():
-        for line, text in (*texts, *named):
-            if found := re.search(rf"\b(?:{word})\b", re.sub(terms, "", text, flags=re.I), re.I):
-                yield f'{file}:{line}: "{found[0]}" in "{text[:60]}": say {better}'
+    for line, text in (*texts, *named):
+        for found in BANNED_WORD.finditer(re.sub(terms, "", text, flags=re.I)):
+            better = next(b for w, b in BANNED_IN_CODE.items() if re.fullmatch(w, found[0], re.I))
+            yield f'{file}:{line}: "{found[0]}" in "{text[:60]}": say {better}'
     for line, text in texts:
         for opener in re.finditer(rf"(?:^|[.!?]\s+)(?:{'|'.join(OPENERS)})\b[^.?]*([.?]|$)", text):
             if opener[1] != "?":
