@@ -193,7 +193,7 @@ class TestMissingWaits:
     @pytest.mark.parametrize(
         ("streams", "complaint"),
         [
-            ("consumer", "read while its fill may be under way"),
+            ("consumer", "read while its fill may be in flight"),
             ("copies", "written while it may be read"),
         ],
     )
