@@ -117,7 +117,9 @@ def test_model_memory(target_path: Path) -> None:
 
 def test_every_script_is_run_here() -> None:
     text = Path(__file__).read_text()
-    assert all(f'"{script.name}"' in text for script in BENCHES.glob("*.py"))
+    scripts = [file for file in BENCHES.glob("*.py") if '"__main__"' in file.read_text()]
+    assert len(scripts) > 10
+    assert [script.name for script in scripts if f'"{script.name}"' not in text] == []
 
 
 def test_verify_families() -> None:
