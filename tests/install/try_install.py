@@ -185,7 +185,15 @@ def main(wanted: Sequence[str]) -> int:
             environment = scratch / f"environment-{len(tries)}"
             first = not tries
             tries.append(
-                side_by_side.submit(try_python, base, name, environment, sources, checkpoint, first)
+                side_by_side.submit(
+                    try_python,
+                    name,
+                    base,
+                    environment,
+                    sources=sources,
+                    checkpoint=checkpoint,
+                    cuda=first,
+                )
             )
         results = [one.result() for one in tries]
     if not any(wrote for _, wrote in results):
