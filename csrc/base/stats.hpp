@@ -4,7 +4,7 @@
 
 namespace spmoe {
 
-/// Counters of one MoE layer since the start. Experts are counted once a `access`.
+/// Counters of one MoE layer since the start. Experts are counted once an `access`.
 struct LayerStats {
   std::uint64_t hits = 0;                 ///< resident when needed
   std::uint64_t late = 0;                 ///< in flight when needed

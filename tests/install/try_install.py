@@ -102,7 +102,7 @@ def try_source(
     # Modules are compiled when they are imported: most of those that torch brings never are.
     install = [python, *PIP, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt"]
     no_deps = ["--no-deps"] if missing else []
-    run(*install, *no_deps, source, cwd=ROOT, SKBUILD_CMAKE_DEFINE=options)
+    run(*install, *no_deps, source, SKBUILD_CMAKE_DEFINE=options)
     seconds = time.monotonic() - start
     if missing:
         run(*install, *dependencies(python))
@@ -183,7 +183,6 @@ def main(wanted: Sequence[str]) -> int:
                 print(f"{name}: skipped, no such Python here", flush=True)
                 continue
             environment = scratch / f"environment-{len(tries)}"
-            first = not tries
             tries.append(
                 side_by_side.submit(
                     try_python,
@@ -192,7 +191,7 @@ def main(wanted: Sequence[str]) -> int:
                     environment,
                     sources=sources,
                     checkpoint=checkpoint,
-                    cuda=first,
+                    cuda=not tries,
                 )
             )
         results = [one.result() for one in tries]
